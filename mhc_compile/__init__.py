@@ -1,0 +1,34 @@
+"""Graph transformations for Manifold-Constrained Hyper-Connections (arXiv 2512.24880)."""
+
+from mhc_compile.api import (
+    find_residuals,
+    is_transformed,
+    mhc_parameters,
+    revert,
+    transform,
+)
+from mhc_compile.config import MHCConfig
+from mhc_compile.conventions import CONVENTIONS, Convention
+from mhc_compile.errors import MHCError
+from mhc_compile.passes.find_residuals import ResidualSite
+from mhc_compile.runtime import reference
+from mhc_compile.runtime.modules import HyperConnection, collapse_streams, expand_streams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CONVENTIONS",
+    "Convention",
+    "HyperConnection",
+    "MHCConfig",
+    "MHCError",
+    "ResidualSite",
+    "collapse_streams",
+    "expand_streams",
+    "find_residuals",
+    "is_transformed",
+    "mhc_parameters",
+    "reference",
+    "revert",
+    "transform",
+]

@@ -1,0 +1,94 @@
+"""The only file that imports torch's private names, and what the passes need to know of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.fx.proxy import TracerBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+
+__all__ = [
+    "TorchDispatchMode",
+    "TracerBase",
+    "WeakIdKeyDictionary",
+    "WeakIdRef",
+    "autocast_state",
+    "force_eager",
+    "is_internal",
+    "no_nested_tensor_fastpath",
+    "tensor_leaves",
+    "user_frame",
+    "user_source",
+]
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_NN_MODULES = os.path.join(_TORCH, "nn", "modules") + os.sep
+_OWN = (
+    os.path.join(os.path.dirname(os.path.abspath(__file__)), "passes") + os.sep,
+    os.path.abspath(__file__),
+)
+Source = tuple[str, int]
+
+
+def is_internal(filename: str) -> bool:
+    """Layers such as nn.TransformerEncoderLayer are user code; torch's machinery is not."""
+    if filename.startswith(_NN_MODULES):
+        return filename.endswith(os.sep + "module.py")
+    return filename.startswith((_TORCH, *_OWN)) or filename.startswith("<mhc_compile")
+
+
+def user_frame(depth: int = 1) -> FrameType | None:
+    """The innermost Python frame that belongs to neither torch's machinery nor the passes."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and is_internal(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def user_source(depth: int = 2) -> Source | None:
+    """File and line of `user_frame`."""
+    frame = user_frame(depth)
+    return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else None
+
+
+def autocast_state(device_type: str) -> tuple[bool, torch.dtype] | None:
+    """Whether autocast is on for a device type and to what dtype; None where there is none."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+
+@contextlib.contextmanager
+def no_nested_tensor_fastpath() -> Iterator[None]:
+    """nn.TransformerEncoderLayer's fused inference path hides the residual adds of a recording."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def force_eager() -> Iterator[None]:
+    """Runs functions decorated with torch.compile uncompiled, so that passes see inside."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def tensor_leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, lists and mappings, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return [t for v in dict(value.items()).values() for t in tensor_leaves(v)]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in tensor_leaves(v)]
+    return []

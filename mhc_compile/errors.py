@@ -1,0 +1,39 @@
+"""Errors of mhc_compile: one class per kind of mistake, each a `ValueError` that states the remedy."""
+
+from __future__ import annotations
+
+
+class MHCError(ValueError):
+    """Base class: something the caller asked for cannot be done, and the message says why."""
+
+
+class ConfigError(MHCError):
+    """A configuration field or an argument has a value that makes no sense."""
+
+
+class ExampleInputsError(MHCError):
+    """The example inputs are missing or the model does not run on them."""
+
+
+class NoResidualError(MHCError):
+    """The model has no residual add that mHC could replace."""
+
+
+class UnsupportedResidualError(MHCError):
+    """A residual add was found that cannot be rewritten."""
+
+
+class AlreadyTransformedError(MHCError):
+    """The model has hyper-connections already."""
+
+
+class NotTransformedError(MHCError):
+    """The model was not rewritten by `mhc_compile.transform`."""
+
+
+class TraceError(MHCError):
+    """A block's forward could not be captured as a torch.fx graph."""
+
+
+class CheckpointError(MHCError):
+    """A checkpoint is missing, damaged, or does not fit the model."""

@@ -1,0 +1,1 @@
+"""Record, find, trace, rewrite: the graph passes behind `mhc_compile.transform`."""

@@ -1,0 +1,76 @@
+"""The data flow of a traced block, in the form that `flow` analyses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from mhc_compile.errors import UnsupportedResidualError
+from mhc_compile.passes.find_residuals import BlockPlan, format_source
+from mhc_compile.passes.flow import NOOPS as NOOP_NAMES
+from mhc_compile.passes.flow import Candidate, Flow, Op, find_candidates, is_heavy_name
+
+
+def block_candidates(
+    graph: fx.Graph, block: nn.Module, plan: BlockPlan
+) -> tuple[Flow, list[fx.Node], list[Candidate]]:
+    """Finds a plan's residual adds in the block's graph, by data flow and source line.
+
+    Returns:
+        The flow graph, its nodes by index, and one candidate a site, in order.
+
+    Raises:
+        UnsupportedResidualError: the graph does not hold exactly the recorded adds.
+    """
+    flow, nodes = _graph_flow(graph, block, plan)
+    sources = set(plan.sources)
+    found = [c for c in find_candidates(flow, lambda op: op.source in sources).values()]
+    lines = [flow.ops[c.index].source for c in found]
+    if lines != list(plan.sources):
+        expected = ", ".join(format_source(s) for s in plan.sources)
+        seen = ", ".join(format_source(s) for s in lines) or "none"
+        raise UnsupportedResidualError(
+            f"block {plan.name!r} ({type(block).__name__}) takes another way through its code than "
+            f"in the recording: residual adds expected at {expected}, found at {seen}; pass "
+            "example_inputs that are like the later calls, or leave the block out with filter_fn"
+        )
+    return flow, nodes, found
+
+
+def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flow, list[fx.Node]]:
+    flow, nodes, index_of = Flow(), list(graph.nodes), {}
+    for index, node in enumerate(nodes):
+        index_of[node] = index
+        value = node.meta.get("value")
+        tensor = value if isinstance(value, Tensor) else None
+        name = _name(node)
+        operands = [n for n in _tensor_arguments(node)]
+        heavy = is_heavy_name(name)
+        noop = node.op in ("call_function", "call_method") and name in NOOP_NAMES
+        if node.op == "call_module":
+            heavy = node.target not in plan.light
+            noop = isinstance(block.get_submodule(str(node.target)), nn.Identity)
+        flow.ops.append(Op(
+            index, name, tuple(index_of[n] for n in node.all_input_nodes),
+            tuple(None if n.op == "get_attr" else index_of[n] for n in operands),
+            tuple(tuple(n.meta["value"].shape) for n in operands),
+            tuple(tensor.shape) if tensor is not None else (),
+            tensor is not None and tensor.is_floating_point(), heavy, noop,
+            source=node.meta.get("source"),
+        ))  # fmt: skip
+        if node.op == "output":
+            flow.outputs.add(index)
+    flow.finish()
+    return flow, nodes
+
+
+def _name(node: fx.Node) -> str:
+    if node.op not in ("call_function", "call_method"):
+        return node.op
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
+
+
+def _tensor_arguments(node: fx.Node) -> list[fx.Node]:
+    values: list[Any] = [*node.args, *(v for k, v in node.kwargs.items() if k not in ("out",))]
+    return [v for v in values if isinstance(v, fx.Node) and isinstance(v.meta.get("value"), Tensor)]

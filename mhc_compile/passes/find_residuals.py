@@ -1,0 +1,338 @@
+"""Step 2, find: the residual streams of a recorded model, and the blocks that own them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mhc_compile._torch_compat import Source
+from mhc_compile.passes.call_paths import LeafPath
+from mhc_compile.passes.channel_axis import check_channel_axis
+from mhc_compile.passes.flow import (
+    Candidate,
+    Flow,
+    branch_region,
+    find_candidates,
+    link_streams,
+    split_nested,
+)
+from mhc_compile.passes.record import Recording
+
+Path = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class ResidualSite:
+    """One residual add of a model.
+
+    Attributes:
+        name: stable and unique in the model: the owner block and the branch's part of it.
+        module: fully qualified name of the owner block ("" is the model itself).
+        source: "file.py:123" of the add.
+        stream: which residual stream of the model it belongs to, from 0 in execution order.
+        channels: C, the width of the stream.
+        accepted: whether `transform` rewrites it.
+        reason: why it does not, else "".
+    """
+
+    name: str
+    module: str
+    source: str
+    stream: int
+    channels: int
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What is to be rewritten in one block.
+
+    Attributes:
+        name: fully qualified name of the block.
+        sites: its residual adds in execution order.
+        sources: their source lines.
+        first_index: position of its first site in the stream.
+        opened: submodules, relative to the block, that hold a part of the stream and are traced
+            into; all others stay calls.
+        light: submodules that hold no matmul, convolution or attention.
+        stream_input: path of the argument that carries the stream, None if it starts inside.
+        dims: dimensions of the plain (one-stream) tensor.
+        expand: whether the stream starts in this block.
+        collapse: whether it ends here.
+        post_norm: whether a norm stands on the stream itself, behind each add.
+    """
+
+    name: str
+    sites: tuple[ResidualSite, ...]
+    sources: tuple[Source | None, ...]
+    first_index: int
+    opened: frozenset[str]
+    light: frozenset[str]
+    stream_input: LeafPath | None
+    dims: int
+    expand: bool
+    collapse: bool
+    post_norm: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites that were found, and the blocks to rewrite."""
+
+    sites: tuple[ResidualSite, ...]
+    blocks: tuple[BlockPlan, ...]
+
+
+@dataclass
+class _Stream:
+    """A chain of candidates while its plan is worked out."""
+
+    chain: list[Candidate]
+    owners: list[Path]
+    reason: str = ""
+    refused_at: int = 0
+
+
+def plan_rewrite(
+    recording: Recording, filter_fn: Callable[[ResidualSite], bool] | None = None
+) -> Plan:
+    """Finds residual adds by data flow alone and assigns them to blocks.
+
+    Args:
+        recording: from `record_forward`.
+        filter_fn: which sites to take; a site left out stays a plain residual on the collapsed
+            stream, which splits its stream in two.
+
+    Returns:
+        Every site, accepted or refused with the reason, and a plan for each block.
+    """
+    flow = recording.flow
+    candidates = find_candidates(flow)
+    chains, previous = link_streams(flow, candidates)
+    accepted, dropped = split_nested(flow, candidates, chains)
+    sites: list[ResidualSite] = []
+    blocks: list[BlockPlan] = []
+    names: Counter[str] = Counter()
+    for number, chain in enumerate(accepted):
+        stream = _Stream([candidates[i] for i in chain], [])
+        _check_stream(flow, stream, previous)
+        _check_rejoined(flow, stream, candidates, dropped)
+        stream.owners = [_owner(flow, c) for c in stream.chain]
+        if not stream.reason:
+            _lift_owners(recording, stream)
+        found = [_site(flow, stream, k, number, names) for k in range(len(chain))]
+        if filter_fn is not None:
+            found = [_filtered(site, filter_fn) for site in found]
+        sites += found
+        for part in _runs(found):
+            blocks += _blocks(recording, stream, found, part)
+    return Plan(tuple(sites), tuple(blocks))
+
+
+def _check_stream(flow: Flow, stream: _Stream, previous: dict[int, int]) -> None:
+    """Refuses forks, and channel axes that are not the last."""
+    after = Counter(previous[c.index] for c in stream.chain if c.index in previous)
+    for k, candidate in enumerate(stream.chain):
+        if after[candidate.index] > 1:
+            stream.reason = "its result starts two residual paths, so the stream forks here"
+            stream.refused_at = k
+            return
+    for k, candidate in enumerate(stream.chain):
+        reason = check_channel_axis(flow, candidate)
+        if reason:
+            stream.reason, stream.refused_at = reason, k
+            return
+
+
+def _check_rejoined(
+    flow: Flow, stream: _Stream, candidates: dict[int, Candidate], dropped: list[list[int]]
+) -> None:
+    """Refuses a stream into which an earlier state is added again (x + x0, long skips)."""
+    if stream.reason:
+        return
+    first, last = stream.chain[0], stream.chain[-1]
+    for chain in dropped:
+        for index in chain:
+            outer = candidates[index]
+            if (
+                not flow.reads(index, last.index)
+                or flow.ops[index].shape != flow.ops[last.index].shape
+            ):
+                continue
+            if first.index > outer.skip and flow.light_path(last.index, index) is not None:
+                stream.reason = (
+                    "an earlier state is added to the stream again at "
+                    f"{format_source(flow.ops[index].source)}, which has no counterpart in mHC"
+                )
+                stream.refused_at = len(stream.chain) - 1
+                return
+
+
+def _owner(flow: Flow, candidate: Candidate) -> Path:
+    """The innermost module call that holds the add and every operation of its sublayer."""
+    path = flow.ops[candidate.index].path
+    for index in branch_region(flow, candidate):
+        path = _common(path, flow.ops[index].path)
+    return path
+
+
+def _lift_owners(recording: Recording, stream: _Stream) -> None:
+    """Widens owners until blocks do not nest, run once, and hold all that reads the stream."""
+    flow, owners = recording.flow, stream.owners
+    calls = Counter(name for name, _ in recording.calls)
+    changed = True
+    while changed:
+        changed = False
+        for k, owner in enumerate(owners):
+            lifted = min((o for o in owners if owner[: len(o)] == o), key=len)
+            while len(lifted) > 1 and calls[lifted[-1][0]] > 1:
+                lifted = lifted[:-1]
+            changed |= lifted != owner
+            owners[k] = lifted
+        for k in range(len(owners) - 1):
+            shared = _outside_reader(flow, stream, k)
+            if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
+                owners[k] = owners[k + 1] = shared
+                changed = True
+
+
+def _outside_reader(flow: Flow, stream: _Stream, k: int) -> Path | None:
+    """The module call that must own sites k and k + 1, if something between them lies outside."""
+    here, there = stream.owners[k], stream.owners[k + 1]
+    start = stream.chain[k].index
+    link = _link(flow, stream, k + 1)
+    inside = {start, *link}
+    involved = list(link)
+    for value in inside:
+        involved += [r for r in flow.readers[value] if r not in inside and flow.is_live(r)]
+    outside = [
+        flow.ops[i].path for i in involved
+        if flow.ops[i].path[: len(here)] != here and flow.ops[i].path[: len(there)] != there
+    ]  # fmt: skip
+    if not outside:
+        return None
+    shared = _common(here, there)
+    for path in outside:
+        shared = _common(shared, path)
+    return shared
+
+
+def _site(flow: Flow, stream: _Stream, k: int, number: int, names: Counter[str]) -> ResidualSite:
+    candidate, owner = stream.chain[k], stream.owners[k]
+    name = _branch_name(flow, candidate, owner)
+    names[name] += 1
+    if names[name] > 1:
+        name = f"{name}#{names[name]}"
+    op = flow.ops[candidate.index]
+    reason = stream.reason
+    if reason and k != stream.refused_at:
+        reason = f"same stream as the refused add at {_source_of(flow, stream)}: {stream.reason}"
+    return ResidualSite(
+        name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason
+    )
+
+
+def _source_of(flow: Flow, stream: _Stream) -> str:
+    return format_source(flow.ops[stream.chain[stream.refused_at].index].source)
+
+
+def _branch_name(flow: Flow, candidate: Candidate, owner: Path) -> str:
+    """The owner's child in which the last matmul of the sublayer runs, else the owner's name."""
+    name = owner[-1][0]
+    for index in reversed(branch_region(flow, candidate)):
+        op = flow.ops[index]
+        if op.heavy and len(op.path) > len(owner):
+            return op.path[len(owner)][0]
+    return f"{name}.residual" if name else "residual"
+
+
+def _filtered(site: ResidualSite, filter_fn: Callable[[ResidualSite], bool]) -> ResidualSite:
+    if site.accepted and not filter_fn(site):
+        return replace(site, accepted=False, reason="left out by filter_fn")
+    return site
+
+
+def _runs(sites: list[ResidualSite]) -> list[list[int]]:
+    """Maximal runs of accepted sites; each becomes a stream of its own."""
+    runs: list[list[int]] = []
+    for k, site in enumerate(sites):
+        if not site.accepted:
+            continue
+        if runs and runs[-1][-1] == k - 1:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    return runs
+
+
+def _blocks(
+    recording: Recording, stream: _Stream, sites: list[ResidualSite], run: list[int]
+) -> list[BlockPlan]:
+    flow = recording.flow
+    groups: list[list[int]] = []
+    for k in run:
+        if groups and stream.owners[groups[-1][-1]] == stream.owners[k]:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    links = {k: _link(flow, stream, k) for k in range(1, len(stream.chain))}
+    computed = sum(any(not flow.ops[i].noop for i in link) for link in links.values())
+    plans = []
+    for group in groups:
+        owner = stream.owners[group[0]]
+        light = _light_modules(recording, owner[-1][0])
+        linking = [i for k in (*group, group[-1] + 1) for i in links.get(k, [])]
+        opened = _inner_modules(flow, owner, [stream.chain[k].index for k in group])
+        opened |= _inner_modules(flow, owner, linking) - light
+        first = stream.chain[group[0]]
+        starts = {flow.canonical(first.skip)}
+        if group[0] > 0:
+            starts |= {stream.chain[group[0] - 1].index, *links[group[0]]}
+        inputs = recording.calls[owner[-1]].inputs
+        carrying = [p for p, i in inputs.items() if i in starts or flow.canonical(i) in starts]
+        plans.append(BlockPlan(
+            owner[-1][0], tuple(sites[k] for k in group),
+            tuple(flow.ops[stream.chain[k].index].source for k in group), group[0],
+            frozenset(opened), light,
+            carrying[0] if carrying else None, len(flow.ops[first.index].shape),
+            group[0] == run[0], group[-1] == run[-1], computed * 2 > len(links) > 0,
+        ))  # fmt: skip
+    return plans
+
+
+def _link(flow: Flow, stream: _Stream, k: int) -> list[int]:
+    """Operations between the previous add of the stream and the skip of site k."""
+    start, stop = stream.chain[k - 1].index, stream.chain[k].operand
+    return [] if start == stop else flow.light_path(start, stop) or []
+
+
+def _inner_modules(flow: Flow, owner: Path, indices: list[int]) -> set[str]:
+    """Modules inside an owner in which some operations ran, by their names relative to it."""
+    prefix = len(owner[-1][0]) + 1 if owner[-1][0] else 0
+    paths = [flow.ops[i].path for i in indices]
+    return {name[prefix:] for path in paths if path[: len(owner)] == owner
+            for name, _ in path[len(owner) :]}  # fmt: skip
+
+
+def _light_modules(recording: Recording, owner: str) -> frozenset[str]:
+    heavy = {name for op in recording.flow.ops if op.heavy for name, _ in op.path}
+    prefix = f"{owner}." if owner else ""
+    names = {name for name, _ in recording.calls if name.startswith(prefix) and name != owner}
+    return frozenset(name[len(prefix) :] for name in names - heavy)
+
+
+def _common(a: Path, b: Path) -> Path:
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return a[:length]
+
+
+def format_source(source: Source | None) -> str:
+    """Formats a source line as "file.py:123"."""
+    return f"{os.path.basename(source[0])}:{source[1]}" if source else "unknown source"

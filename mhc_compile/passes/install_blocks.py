@@ -1,0 +1,318 @@
+"""Step 8, install: a block runs the Python generated from its rewritten graph.
+
+The generated function takes the block as `self` and looks its submodules up at every call, so
+that hooks, deepcopy, `.to()`, adapters on submodules and gradient checkpointing go on working.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mhc_compile._torch_compat import autocast_state
+from mhc_compile.config import MHCConfig
+from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
+from mhc_compile.passes.call_paths import named_leaves
+from mhc_compile.passes.find_residuals import BlockPlan
+from mhc_compile.passes.rewrite_block import rewrite_block
+from mhc_compile.passes.trace_block import CONSTANTS, add_guards, trace_block
+from mhc_compile.runtime.guards import GuardMismatch
+from mhc_compile.runtime.modules import HyperConnection, StreamCollapse
+
+ATTRIBUTE = "mhc"
+MAX_VARIANTS = 16
+_REWRITE = "_mhc_rewrite"
+
+
+@dataclass
+class Variant:
+    """One traced way through a block's forward: its Python source and the function made of it."""
+
+    source: str
+    function: Callable[..., Any]
+    order: tuple[int, ...]
+
+
+@dataclass
+class BlockRewrite:
+    """What a rewritten block keeps besides its modules."""
+
+    plan: BlockPlan
+    config: MHCConfig
+    original: type[nn.Module]
+    variants: dict[Any, list[Variant]] = field(default_factory=dict)
+
+    def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Runs the variant that fits the arguments; an unseen kind of call is traced first."""
+        leaves: list[Any] = []
+        key = (_mode(block, self.plan), _call_key(args, leaves), _call_key(dict(kwargs), leaves))
+        for variant in self.variants.get(key, ()):
+            try:
+                return variant.function(block, *(leaves[i] for i in variant.order))
+            except GuardMismatch:
+                continue
+        variant = trace_variant(block, self, key, args, kwargs)
+        return variant.function(block, *(leaves[i] for i in variant.order))
+
+
+@torch.compiler.disable
+def trace_variant(
+    block: nn.Module,
+    rewrite: BlockRewrite,
+    key: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Variant:
+    """Traces and rewrites a block for one kind of call and keeps the result."""
+    known = rewrite.variants.setdefault(key, [])
+    if len(known) >= MAX_VARIANTS:
+        raise MHCError(
+            f"block {rewrite.plan.name!r} was traced {MAX_VARIANTS} times for the same kind of call: "
+            "its Python depends on a size or number that keeps changing; move that code into a "
+            "submodule"
+        )
+    plain_args, plain_kwargs = args, dict(kwargs)
+    if not rewrite.plan.expand and rewrite.config.streams > 1:
+        plain_args, plain_kwargs = _with_plain_stream(block, rewrite, args, kwargs)
+    forward = rewrite.original.forward
+    traced = trace_block(block, forward, plain_args, plain_kwargs, rewrite.plan.opened)
+    add_guards(traced)
+    graph = rewrite_block(block, rewrite.plan, rewrite.config, traced)
+    variant = _generate(block, rewrite, graph, _leaf_order(forward, args, kwargs))
+    known.append(variant)
+    return variant
+
+
+def prepare_block(
+    block: nn.Module,
+    plan: BlockPlan,
+    config: MHCConfig,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> BlockRewrite:
+    """Traces and rewrites a block for example arguments, in evaluation and in training mode.
+
+    Nothing is installed: the block is as before when this returns or raises.
+    """
+    if hasattr(block, ATTRIBUTE):
+        raise UnsupportedResidualError(
+            f"block {plan.name!r} ({type(block).__name__}) already has an attribute "
+            f"{ATTRIBUTE!r}, which mhc_compile needs for its parameters; rename it"
+        )
+    rewrite = BlockRewrite(plan, config, type(block))
+    # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
+    original, modes = type(block), [(m, m.training) for m in block.modules()]
+    example = _with_streams(block, rewrite, args, kwargs)
+    block.__class__ = _rewritten_class(original)
+    try:
+        for training in (True, False):
+            block.train(training)
+            leaves: list[Any] = []
+            key = (_mode(block, plan), _call_key(example[0], leaves), _call_key(example[1], leaves))
+            trace_variant(block, rewrite, key, *example)
+    finally:
+        block.__class__ = original
+        for module, mode in modes:
+            module.training = mode
+    return rewrite
+
+
+def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
+    """Adds the connections to a block and makes it run its generated forward."""
+    plan, config = rewrite.plan, rewrite.config
+    device = _device_of(block)
+    parts: dict[str, nn.Module] = {}
+    if config.streams > 1:
+        for number, site in enumerate(plan.sites):
+            index = plan.first_index + number
+            parts[str(number)] = HyperConnection(site.channels, config, index=index, device=device)
+        if plan.collapse:
+            parts["collapse"] = StreamCollapse(config, device=device)
+    block.add_module(ATTRIBUTE, nn.ModuleDict(parts))
+    block.__dict__[_REWRITE] = rewrite
+    block.__class__ = _rewritten_class(rewrite.original)
+
+
+def uninstall_block(block: nn.Module) -> None:
+    """Undoes `install_block`; the connections' parameters are gone."""
+    rewrite = rewrite_of(block)
+    if rewrite is not None:
+        block.__class__ = rewrite.original
+        del block.__dict__[_REWRITE]
+        delattr(block, ATTRIBUTE)
+
+
+def rewrite_of(module: nn.Module) -> BlockRewrite | None:
+    """What was installed on a block, None for other modules."""
+    found = module.__dict__.get(_REWRITE)
+    return found if isinstance(found, BlockRewrite) else None
+
+
+def rewritten_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockRewrite]]:
+    """The rewritten blocks of a model by name, in the order of their streams."""
+    found = {name: (m, r) for name, m in model.named_modules() if (r := rewrite_of(m)) is not None}
+    return dict(sorted(found.items(), key=lambda item: _stream_position(item[1][1])))
+
+
+def refuse_transformed(model: nn.Module) -> None:
+    """Raises `AlreadyTransformedError` for a model that has hyper-connections."""
+    for name, module in model.named_modules():
+        if rewrite_of(module) is not None or isinstance(module, HyperConnection):
+            raise AlreadyTransformedError(
+                f"{type(model).__name__} has hyper-connections already, in {name!r}; call "
+                "mhc_compile.revert(model) first to start again"
+            )
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a block's class, so that isinstance and class-level wrappers go on working."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        rewrite: BlockRewrite = self.__dict__[_REWRITE]
+        return rewrite.call(self, args, kwargs)
+
+    if original not in _classes:
+        body = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
+        forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+        _classes[original] = type(f"MHC{original.__name__}", (original,), body)
+    return _classes[original]
+
+
+def _generate(
+    block: nn.Module, rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]
+) -> Variant:
+    code = graph.python_code("self")
+    count = sum(map(len, rewrite.variants.values()))
+    name = (
+        f"<mhc_compile {rewrite.original.__name__} {rewrite.plan.name!r} #{count} {id(rewrite):x}>"
+    )
+    scope = dict(code.globals)
+    exec(compile(code.src, name, "exec"), scope)
+    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
+    return Variant(code.src.strip(), scope["forward"], order)
+
+
+def _leaf_order(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Positions, in the order of `_call_key`'s leaves, of the generated function's arguments."""
+    counter = iter(range(1 << 30))
+
+    def number(value: Any) -> Any:
+        if type(value) in (tuple, list):
+            return type(value)(number(v) for v in value)
+        if type(value) is dict:
+            return {k: number(v) for k, v in value.items()}
+        return value if isinstance(value, CONSTANTS) else _Position(next(counter))
+
+    numbered = number(args), number(dict(kwargs))
+    leaves = named_leaves(forward, *numbered)
+    return tuple(leaf.index for _, leaf in leaves if isinstance(leaf, _Position))
+
+
+@dataclass
+class _Position:
+    index: int
+
+
+def _call_key(value: Any, leaves: list[Any]) -> Any:
+    """A hashable description of arguments; what may vary from call to call goes into `leaves`."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return (value.dtype, value.dim(), value.device.type)
+    if type(value) in (tuple, list):
+        return (type(value), *[_call_key(v, leaves) for v in value])
+    if type(value) is dict:
+        return (dict, *[(k, _call_key(v, leaves)) for k, v in value.items()])
+    if isinstance(value, CONSTANTS):
+        return (type(value), value)
+    leaves.append(value)
+    return type(value)
+
+
+def _mode(block: nn.Module, plan: BlockPlan) -> Any:
+    """The state outside the arguments on which a trace depends."""
+    device = _device_of(block)
+    opened = tuple(block.get_submodule(name).training for name in sorted(plan.opened))
+    return block.training, opened, autocast_state(device.type)
+
+
+def _device_of(block: nn.Module) -> torch.device:
+    for tensor in block.parameters():
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _with_plain_stream(
+    block: nn.Module, rewrite: BlockRewrite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with one stream in the place of n, for tracing the original forward."""
+
+    def plain(stream: Tensor) -> Tensor:
+        if stream.dim() != rewrite.plan.dims + 1 or stream.shape[-2] != rewrite.config.streams:
+            raise MHCError(
+                f"block {rewrite.plan.name!r} takes {rewrite.config.streams} streams "
+                f"[..., {rewrite.config.streams}, C] from the block before it, got "
+                f"{list(stream.shape)}; call the whole model"
+            )
+        return stream[..., 0, :]
+
+    return _replace_stream(block, rewrite, args, kwargs, plain)
+
+
+def _with_streams(
+    block: nn.Module, rewrite: BlockRewrite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example arguments of the original model as the rewritten one will pass them."""
+    if rewrite.plan.expand or rewrite.config.streams == 1:
+        return args, dict(kwargs)
+    n = rewrite.config.streams
+    return _replace_stream(
+        block,
+        rewrite,
+        args,
+        kwargs,
+        lambda x: x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]),
+    )
+
+
+def _replace_stream(
+    block: nn.Module,
+    rewrite: BlockRewrite,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    change: Callable[[Tensor], Tensor],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    path = rewrite.plan.stream_input
+    found = [leaf for p, leaf in named_leaves(rewrite.original.forward, args, kwargs) if p == path]
+    if not found or not isinstance(found[0], Tensor):
+        raise UnsupportedResidualError(
+            f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its residual "
+            f"stream as the argument {path!r}; leave its sites out with filter_fn"
+        )
+    stream = found[0]
+    changed = change(stream)
+
+    def walk(value: Any) -> Any:
+        if value is stream:
+            return changed
+        if type(value) in (tuple, list):
+            return type(value)(walk(v) for v in value)
+        if type(value) is dict:
+            return {k: walk(v) for k, v in value.items()}
+        return value
+
+    return walk(args), walk(dict(kwargs))
+
+
+def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:
+    return rewrite.plan.sites[0].stream, rewrite.plan.first_index

@@ -1,0 +1,197 @@
+"""Step 1, record: run the model once, eagerly, and write down its data flow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile._torch_compat import (
+    TorchDispatchMode,
+    WeakIdKeyDictionary,
+    WeakIdRef,
+    force_eager,
+    no_nested_tensor_fastpath,
+    tensor_leaves,
+    user_source,
+)
+from mhc_compile.errors import ExampleInputsError
+from mhc_compile.passes.call_paths import LeafPath, named_leaves
+from mhc_compile.passes.flow import NOOPS, Flow, Op, is_heavy_name
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+CREATORS = frozenset({"arange", "zeros", "full", "ones", "empty", "zeros_like", "ones_like", "full_like",
+                      "rand", "randn", "rand_like", "randn_like", "empty_like", "scalar_tensor"})  # fmt: skip
+
+
+@dataclass
+class Call:
+    """One call of a module: which operations made the tensors that went in and came out."""
+
+    module: nn.Module
+    inputs: dict[LeafPath, int] = field(default_factory=dict)
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Recording:
+    """The data flow of one forward, the module calls in it, and what the model returned."""
+
+    flow: Flow
+    calls: dict[tuple[str, int], Call]
+    result: Any
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.flow = Flow()
+        self.calls: dict[tuple[str, int], Call] = {}
+        self.stack: list[tuple[str, int]] = []
+        self.names = {id(m): name for name, m in model.named_modules()}
+        self.counts: dict[int, int] = {}
+        self.node_of: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
+        self.written: dict[int, int] = {}
+        self.fixed = {id(t) for t in [*model.parameters(), *model.buffers()]}
+        self.fixed_values: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
+
+    def source_of(self, tensor: Tensor) -> int | None:
+        """The operation that made a tensor; None for parameters and values made of them."""
+        index = self.node_of.get(tensor)
+        if index is not None:
+            return max(index, self.written.get(_storage(tensor), -1))
+        if id(tensor) in self.fixed or tensor in self.fixed_values:
+            return None
+        op = Op(len(self.flow.ops), "input", (), shape=tuple(tensor.shape),
+                is_float=tensor.is_floating_point())  # fmt: skip
+        self.flow.ops.append(op)
+        self.node_of[tensor] = op.index
+        return op.index
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = tensor_leaves((args, dict(kwargs)))
+        operands = tuple(self.source_of(t) for t in tensors)
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        out = func(*args, **kwargs)
+        results = tensor_leaves(out)
+        if not results:
+            return out
+        name = func._schema.name.split("::")[1]
+        inputs = tuple(i for i in operands if i is not None)
+        if not inputs and name not in CREATORS:
+            for tensor in results:
+                self.fixed_values[tensor] = True
+            return out
+        op = Op(
+            len(self.flow.ops), name, inputs, operands, shapes, tuple(results[0].shape),
+            results[0].is_floating_point(), heavy=is_heavy_name(name), noop=name in NOOPS,
+            path=tuple(self.stack), source=user_source(),
+            detail=_detail(name, args, kwargs, tensors),
+        )  # fmt: skip
+        self.flow.ops.append(op)
+        for tensor in results:
+            self.node_of[tensor] = op.index
+            if func._schema.is_mutable and not any(r is t for t in tensors for r in results[1:]):
+                self.written[_storage(tensor)] = op.index
+        return out
+
+    def call_module(
+        self, call: Callable[..., Any], module: nn.Module, args: Args, kwargs: Kwargs
+    ) -> Any:
+        """Runs one module call inside its entry of the stack."""
+        name = self.names.get(id(module))
+        if name is None:
+            return call(module, *args, **kwargs)
+        self.counts[id(module)] = number = self.counts.get(id(module), 0) + 1
+        self.stack.append((name, number))
+        try:
+            record = self.calls[name, number] = Call(module)
+            for path, leaf in named_leaves(type(module).forward, args, kwargs):
+                if isinstance(leaf, Tensor) and (index := self.source_of(leaf)) is not None:
+                    record.inputs[path] = index
+            out = call(module, *args, **kwargs)
+            found = [self.source_of(t) for t in tensor_leaves(out)]
+            record.outputs = [i for i in found if i is not None]
+            return out
+        finally:
+            self.stack.pop()
+
+
+def record_forward(model: nn.Module, args: Args, kwargs: Kwargs) -> Recording:
+    """Runs the model once without gradients and records its data flow.
+
+    Args:
+        model: any module; it runs in the mode it is in.
+        args: positional example inputs.
+        kwargs: keyword example inputs.
+
+    Returns:
+        The finished flow graph, the module calls and the model's result.
+
+    Raises:
+        ExampleInputsError: the model's own forward failed on these inputs.
+    """
+    recorder = _Recorder(model)
+    with torch.no_grad(), no_nested_tensor_fastpath(), force_eager():
+        with patched_module_call(recorder.call_module), recorder:
+            try:
+                result = model(*args, **kwargs)
+            except Exception as error:
+                raise ExampleInputsError(
+                    f"{type(model).__name__} failed on the example inputs "
+                    f"({type(error).__name__}: {error}); pass example_inputs=(args tuple, kwargs "
+                    "dict) with which model(*args, **kwargs) works"
+                ) from error
+        flow = recorder.flow
+        flow.outputs = {
+            i for t in tensor_leaves(result) if (i := recorder.node_of.get(t)) is not None
+        }
+    flow.finish()
+    return Recording(flow, recorder.calls, result)
+
+
+@contextlib.contextmanager
+def patched_module_call(handler: Callable[..., Any]) -> Iterator[None]:
+    """Sends every `nn.Module.__call__` through `handler(original_call, module, args, kwargs)`."""
+    original = nn.Module.__call__
+
+    def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return handler(original, module, args, kwargs)
+
+    nn.Module.__call__ = __call__  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return -id(tensor)
+
+
+def _detail(name: str, args: Args, kwargs: Kwargs, tensors: list[Tensor]) -> object:
+    """What the channel check needs: axes of a permutation, sizes that an operation works on."""
+    if name == "permute":
+        return tuple(args[1])
+    if name in ("transpose", "swapaxes"):
+        return (args[1], args[2])
+    if name == "native_layer_norm":
+        return tuple(args[1])
+    if name in ("add", "add_", "sub"):
+        return kwargs.get("alpha", 1)
+    if name in ("mean", "var_mean", "var") and len(args) > 1:
+        return args[1]
+    if is_heavy_name(name) and tensors:
+        return tuple(tuple(t.shape) for t in tensors)
+    return None

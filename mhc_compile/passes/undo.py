@@ -1,0 +1,35 @@
+"""Atomic changes of a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Puts every module's class, attributes, children, hooks and mode back if the body raises."""
+    modules = list(model.modules())
+    classes = [type(m) for m in modules]
+    attributes = [dict(m.__dict__) for m in modules]
+    inner = [
+        {key: type(value)(value) for key, value in m.__dict__.items() if isinstance(value, dict)}
+        for m in modules
+    ]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    try:
+        yield
+    except BaseException:
+        for module, cls, outer, dicts in zip(modules, classes, attributes, inner, strict=True):
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(outer)
+            for key, before in dicts.items():
+                current = module.__dict__[key]
+                current.clear()
+                current.update(before)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
+        raise

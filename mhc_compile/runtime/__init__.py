@@ -1,0 +1,1 @@
+"""What runs in a transformed model: reference functions, modules, checkpoints, stability."""
