@@ -11,6 +11,8 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.conventions import CONVENTIONS, Convention
 from mhc_compile.errors import MHCError
 from mhc_compile.passes.find_residuals import ResidualSite
+from mhc_compile.pretrained import load_pretrained, save_pretrained
+from mhc_compile.report import StabilityReport, stability
 from mhc_compile.runtime import reference
 from mhc_compile.runtime.modules import HyperConnection, collapse_streams, expand_streams
 
@@ -23,12 +25,16 @@ __all__ = [
     "MHCConfig",
     "MHCError",
     "ResidualSite",
+    "StabilityReport",
     "collapse_streams",
     "expand_streams",
     "find_residuals",
     "is_transformed",
+    "load_pretrained",
     "mhc_parameters",
     "reference",
     "revert",
+    "save_pretrained",
+    "stability",
     "transform",
 ]
