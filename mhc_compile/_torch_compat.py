@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 __all__ = [
+    "AUTOCAST_DEVICES",
+    "Source",
     "TorchDispatchMode",
     "TracerBase",
     "WeakIdKeyDictionary",
@@ -35,6 +37,12 @@ _OWN = (
     os.path.abspath(__file__),
 )
 Source = tuple[str, int]
+# torch.amp.is_autocast_available itself stops torch.compile before torch 2.13.
+AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")
+    if torch.amp.is_autocast_available(device)
+)
 
 
 def is_internal(filename: str) -> bool:
@@ -60,7 +68,7 @@ def user_source(depth: int = 2) -> Source | None:
 
 def autocast_state(device_type: str) -> tuple[bool, torch.dtype] | None:
     """Whether autocast is on for a device type and to what dtype; None where there is none."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in AUTOCAST_DEVICES:
         return None
     return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 

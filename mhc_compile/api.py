@@ -194,8 +194,8 @@ def _check_plan(model: nn.Module, plan: Plan, strict: bool) -> None:
     if refused and strict:
         site = refused[0]
         raise UnsupportedResidualError(
-            f"the residual add at {site.source} ({site.name!r}) cannot be rewritten: {site.reason}. "
-            "strict=False or filter_fn leaves it as it is"
+            f"the residual add at {site.source} ({site.name!r}) cannot be rewritten: "
+            f"{site.reason}. strict=False or filter_fn leaves it as it is"
         )
     if plan.blocks:
         return

@@ -1,4 +1,4 @@
-"""Errors of mhc_compile: one class per kind of mistake, each a `ValueError` that states the remedy."""
+"""One error class per kind of mistake, each a `ValueError` whose message states the remedy."""
 
 from __future__ import annotations
 

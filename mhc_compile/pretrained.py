@@ -113,7 +113,7 @@ def _load(
                  for label, names in (("missing", missing), ("unknown", unknown),
                                       ("of another shape", shapes)) if names]  # fmt: skip
         raise CheckpointError(
-            f"the weights in {directory} do not fit this {type(model).__name__} ({'; '.join(parts)})"
+            f"the weights in {directory} do not fit this {type(model).__name__}: {'; '.join(parts)}"
         )
     with torch.no_grad():
         for name, value in tensors.items():

@@ -25,8 +25,7 @@ def named_leaves(
     """
     names = _positional_names(forward)
     bound: dict[str, Any] = dict(zip(names, args, strict=False))
-    for path, leaf in _leaves({**bound, **kwargs}, ()):
-        yield path, leaf
+    yield from _leaves({**bound, **kwargs}, ())
     for number, value in enumerate(args[len(names) :]):
         yield from _leaves(value, ("*", number))
 

@@ -14,7 +14,8 @@ from mhc_compile._torch_compat import Source
 ADDS = frozenset({"add", "add_", "iadd", "__add__", "__iadd__", "__radd__"})
 ADDCMULS = frozenset({"addcmul", "addcmul_"})
 HEAVY = (
-    "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "einsum", "convolution", "conv1d",
+    "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "einsum", "convolution",
+    "conv1d",
     "conv2d", "conv3d", "scaled_dot_product", "embedding", "grouped_mm", "mv", "addmv", "tensordot",
     "_weight_int", "cumsum", "flex_attention",
 )  # fmt: skip

@@ -73,9 +73,9 @@ def trace_variant(
     known = rewrite.variants.setdefault(key, [])
     if len(known) >= MAX_VARIANTS:
         raise MHCError(
-            f"block {rewrite.plan.name!r} was traced {MAX_VARIANTS} times for the same kind of call: "
-            "its Python depends on a size or number that keeps changing; move that code into a "
-            "submodule"
+            f"block {rewrite.plan.name!r} was traced {MAX_VARIANTS} times for the same kind of "
+            "call: its Python depends on a size or number that keeps changing; move that code into "
+            "a submodule"
         )
     plain_args, plain_kwargs = args, dict(kwargs)
     if not rewrite.plan.expand and rewrite.config.streams > 1:

@@ -25,8 +25,10 @@ from mhc_compile.passes.flow import NOOPS, Flow, Op, is_heavy_name
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
-CREATORS = frozenset({"arange", "zeros", "full", "ones", "empty", "zeros_like", "ones_like", "full_like",
-                      "rand", "randn", "rand_like", "randn_like", "empty_like", "scalar_tensor"})  # fmt: skip
+CREATORS = frozenset({
+    "arange", "zeros", "full", "ones", "empty", "zeros_like", "ones_like", "full_like", "rand",
+    "randn", "rand_like", "randn_like", "empty_like", "scalar_tensor",
+})  # fmt: skip
 
 
 @dataclass

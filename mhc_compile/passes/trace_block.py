@@ -105,6 +105,8 @@ def trace_block(
 class ValueProxy(fx.Proxy):
     """A proxy that knows the value which its node has in the traced example."""
 
+    tracer: Any
+
     def __init__(self, node: fx.Node, tracer: _Tracer, value: Any) -> None:
         super().__init__(node, tracer)
         self.value = value
@@ -113,6 +115,7 @@ class ValueProxy(fx.Proxy):
         return self.tracer.read_attribute(self, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Records a call of the value itself."""
         return self.tracer.create_proxy("call_method", "__call__", (self, *args), kwargs)
 
     def __bool__(self) -> bool:
@@ -137,7 +140,7 @@ class ValueProxy(fx.Proxy):
         return int(self.tracer.specialised(length, "len()"))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        return iter([operator.getitem(self, i) for i in range(len(self))])
 
     def __contains__(self, item: Any) -> bool:
         return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))

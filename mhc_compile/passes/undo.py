@@ -30,6 +30,6 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
                 current = module.__dict__[key]
                 current.clear()
                 current.update(before)
-        for buffer, before in buffers:
-            buffer.data.copy_(before)
+        for buffer, values in buffers:
+            buffer.data.copy_(values)
         raise

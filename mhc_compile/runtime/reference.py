@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from mhc_compile._torch_compat import AUTOCAST_DEVICES
 from mhc_compile.conventions import NORM_EPS_PLACES, Convention, get_convention
 from mhc_compile.errors import MHCError
 from mhc_compile.runtime.sinkhorn import sinkhorn_knopp
@@ -500,7 +501,7 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """Autocast would take the matmuls back to bfloat16, which moves row sums by 3e-3."""
-    if torch.amp.is_autocast_available(x.device.type):
+    if x.device.type in AUTOCAST_DEVICES:
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 
