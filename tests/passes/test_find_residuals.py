@@ -1,0 +1,283 @@
+"""What counts as a residual add, to which block and stream it belongs, and what is left alone."""
+
+import pytest
+import torch
+from models import MLP, WIDTH, Attention, Block, NanoGPT, largest, normal, perturb, tokens
+from torch import nn
+
+import mhc_compile as mc
+
+
+class Parts(nn.Module):
+    def __init__(self, width=WIDTH, dropout=0.0):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width)
+        self.ln_2, self.mlp = nn.LayerNorm(width), MLP(width)
+
+
+class Parallel(Parts):
+    def forward(self, x):
+        return x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))
+
+
+class InPlace(Parts):
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x += self.mlp(self.ln_2(x))
+        return x
+
+
+class Addcmul(Parts):
+    def __init__(self, width, dropout=0.0):
+        super().__init__(width, dropout)
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        x = torch.addcmul(x, self.attn(self.ln_1(x)), self.gamma)
+        return torch.add(x, self.mlp(self.ln_2(x)), alpha=0.5)
+
+
+class LoRA(nn.Module):
+    """A low-rank update: two linears of the same input are added, but neither is the input."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.base = nn.Linear(width, width)
+        self.down, self.up = nn.Linear(width, 4), nn.Linear(4, width)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class WithLoRA(Parts):
+    def __init__(self, width, dropout=0.0):
+        super().__init__(width, dropout)
+        self.mlp = nn.Sequential(LoRA(width), nn.GELU(), LoRA(width))
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class CubicGelu(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x.pow(3))))
+
+
+class WithCubicGelu(Block):
+    def __init__(self, width, dropout=0.0):
+        super().__init__(width, dropout)
+        self.mlp[1] = CubicGelu()
+
+
+class SharedExpert(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.routed, self.shared = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        y = torch.relu(self.routed(x))
+        return y + self.shared(y)  # a residual-like add inside a branch
+
+
+class WithExperts(Block):
+    def __init__(self, width, dropout=0.0):
+        super().__init__(width, dropout)
+        self.mlp = SharedExpert(width)
+
+
+FORMS = [
+    (Block, ["attn", "mlp"]),
+    (InPlace, ["attn", "mlp"]),
+    (Addcmul, ["attn", "mlp"]),
+    # (x + attention) + mlp is one site with two terms in its branch.
+    (Parallel, ["mlp"]),
+    (WithLoRA, ["attn", "mlp"]),
+    (WithCubicGelu, ["attn", "mlp"]),
+    (WithExperts, ["attn", "mlp"]),
+]
+
+
+@pytest.mark.parametrize(("block", "roles"), FORMS, ids=[f[0].__name__ for f in FORMS])
+@torch.no_grad()
+def test_sites_of_a_block(block, roles):
+    model = NanoGPT(block=block, depth=3).eval()
+    sites = mc.find_residuals(model)
+    assert [s.name for s in sites] == [f"h.{k}.{role}" for k in range(3) for role in roles]
+    assert {s.stream for s in sites} == {0}
+    assert all(s.accepted for s in sites)
+    idx = tokens()
+    before = model(idx)
+    mc.transform(model)
+    assert (model(idx) - before).abs().max() <= 1e-6 * largest(before)
+
+
+class InTheRoot(nn.Module):
+    """All residual adds stand in the root module's own forward."""
+
+    def __init__(self, depth=3):
+        super().__init__()
+        self.embed = nn.Embedding(97, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(depth))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, idx):
+        x = self.embed(idx)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.norm(x)
+
+
+@torch.no_grad()
+def test_residuals_in_the_root_module():
+    model, idx = InTheRoot().eval(), tokens()
+    sites = mc.find_residuals(model)
+    assert [(s.name, s.module) for s in sites] == [(f"layers.{k}", "") for k in range(3)]
+    before = model(idx)
+    mc.transform(model)
+    assert {k.rsplit(".", 1)[0] for k, _ in mc.mhc_parameters(model)} == {
+        "mhc.0", "mhc.1", "mhc.2", "mhc.collapse",
+    }  # fmt: skip
+    assert (model(idx) - before).abs().max() <= 1e-6 * largest(before)
+    perturb(model)
+    assert (model(idx) - before).abs().max() > 1e-3
+    assert model(tokens(1, 3)).shape == (1, 3, WIDTH)
+
+
+class Stack(nn.Module):
+    """A block with more sites than two."""
+
+    def __init__(self, width, dropout=0.0):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        x = x + torch.tanh(self.one(x))
+        x = x + torch.tanh(self.two(x))
+        return x + torch.tanh(self.three(x))
+
+
+@pytest.mark.parametrize("init", ["preserve", "paper"])
+@pytest.mark.parametrize("left_out", ["one", "two", "three"])
+@torch.no_grad()
+def test_filter_fn_leaves_one_site_of_a_block_plain(left_out, init):
+    """The middle one splits the block: its first site and its last belong to two streams."""
+    model, idx = NanoGPT(block=Stack).eval(), tokens()
+    before = model(idx)
+    filter_fn = lambda site: not site.name.endswith(left_out)  # noqa: E731
+    mc.transform(model, streams=2, init=init, filter_fn=filter_fn)
+    got = model(idx)
+    assert got.shape == before.shape
+    assert init == "paper" or (got - before).abs().max() <= 1e-6 * largest(before)
+    count = sum(isinstance(m, mc.HyperConnection) for m in model.modules())
+    assert count == 4, "a site that filter_fn took was dropped in silence"
+
+
+@torch.no_grad()
+def test_filter_fn_sees_every_site_once():
+    seen = []
+    mc.transform(NanoGPT(), filter_fn=lambda site: seen.append(site) or True)
+    assert [s.name for s in seen] == ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
+    assert all(isinstance(s, mc.ResidualSite) for s in seen)
+
+
+class Shared(nn.Module):
+    """One block for every layer, as in ALBERT: it runs three times with the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(97, WIDTH), Block()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, idx):
+        x = self.embed(idx)
+        for _ in range(3):
+            x = self.block(x)
+        return self.norm(x)
+
+
+@torch.no_grad()
+def test_a_block_that_runs_three_times_is_owned_by_its_caller():
+    model, idx = Shared().eval(), tokens()
+    sites = mc.find_residuals(model)
+    assert len(sites) == 6
+    assert len({s.name for s in sites}) == 6
+    assert {(s.module, s.stream) for s in sites} == {("", 0)}
+    before = model(idx)
+    mc.transform(model, streams=2)
+    # Each run gets a connection of its own; they could not differ on a shared block.
+    assert sum(isinstance(m, mc.HyperConnection) for m in model.modules()) == 6
+    assert (model(idx) - before).abs().max() <= 1e-6 * largest(before)
+    perturb(model)
+    assert (model(idx) - before).abs().max() > 1e-3
+
+
+class TwoTowers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left = nn.ModuleList(Block() for _ in range(2))
+        self.right = nn.ModuleList(Block() for _ in range(2))
+        self.join = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        left = right = x
+        for a, b in zip(self.left, self.right, strict=True):
+            left, right = a(left), b(right)
+        return self.join(torch.cat([left, right], -1))
+
+
+@torch.no_grad()
+def test_towers_are_streams_of_their_own():
+    model, x = TwoTowers().eval(), normal(2, 8, WIDTH)
+    sites = mc.find_residuals(model, x)
+    by_stream = {s.stream: [t.module for t in sites if t.stream == s.stream] for s in sites}
+    assert by_stream == {
+        0: ["left.0", "left.0", "left.1", "left.1"], 1: ["right.0", "right.0", "right.1", "right.1"]
+    }  # fmt: skip
+    before = model(x)
+    mc.transform(model, example_inputs=x)
+    assert (model(x) - before).abs().max() <= 1e-6 * largest(before)
+
+
+class ProjectedShortcut(nn.Module):
+    """Between its stages the skip goes through a linear, which is no residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Block(), Block()
+        self.short, self.long = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = self.one(x)
+        x = self.short(x) + self.long(torch.relu(x))
+        return self.two(x)
+
+
+@torch.no_grad()
+def test_a_projected_shortcut_is_no_site_and_splits_the_stream():
+    model, x = ProjectedShortcut().eval(), normal(2, 8, WIDTH)
+    sites = mc.find_residuals(model, x)
+    assert [(s.name, s.stream) for s in sites] == [
+        ("one.attn", 0), ("one.mlp", 0), ("two.attn", 1), ("two.mlp", 1),
+    ]  # fmt: skip
+    before = model(x)
+    mc.transform(model, example_inputs=x)
+    assert (model(x) - before).abs().max() <= 1e-6 * largest(before)
+
+
+class LongSkip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x):
+        first = x
+        for block in self.h:
+            x = block(x)
+        return x + first
+
+
+def test_a_long_skip_is_refused_and_named():
+    with pytest.raises(mc.MHCError, match="added to the stream again") as error:
+        mc.transform(LongSkip(), example_inputs=normal(2, 8, WIDTH))
+    assert "test_find_residuals.py:" in str(error.value)
