@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.fx.proxy import TracerBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
@@ -18,7 +17,6 @@ __all__ = [
     "AUTOCAST_DEVICES",
     "Source",
     "TorchDispatchMode",
-    "TracerBase",
     "WeakIdKeyDictionary",
     "WeakIdRef",
     "autocast_state",

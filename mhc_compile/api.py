@@ -30,7 +30,7 @@ from mhc_compile.passes.install_blocks import (
 )
 from mhc_compile.passes.native import refuse_native
 from mhc_compile.passes.record import patched_module_call, record_forward
-from mhc_compile.passes.undo import unchanged_on_error
+from mhc_compile.passes.undo import rehearsed, unchanged_on_error
 
 STEP0_TOLERANCE = 1e-3
 """Largest step-0 difference, relative to the output's range, that `transform` lets pass.
@@ -83,14 +83,15 @@ def transform(
     refuse_transformed(model)
     refuse_native(model)
     with unchanged_on_error(model):
-        inputs = resolve_inputs(model, example_inputs)
-        with _evaluation(model):
+        with _evaluation(model), rehearsed(model):
+            inputs = resolve_inputs(model, example_inputs)
             recording = record_forward(model, *inputs)  # record
             plan = plan_rewrite(recording, filter_fn)  # find
             _check_plan(model, plan, strict)
             rewrites = _rewrite_blocks(model, plan, config, inputs)  # trace .. check
-            for name, rewrite in rewrites.items():
-                install_block(model.get_submodule(name), rewrite)  # install
+        for name, rewrite in rewrites.items():
+            install_block(model.get_submodule(name), rewrite)  # install
+        with _evaluation(model), rehearsed(model):
             _check_step0(model, config, inputs, recording.result)
     return model
 
@@ -116,7 +117,7 @@ def find_residuals(model: nn.Module, example_inputs: Any = None) -> list[Residua
     """
     _require_module(model)
     refuse_transformed(model)
-    with unchanged_on_error(model), _evaluation(model):
+    with unchanged_on_error(model), _evaluation(model), rehearsed(model):
         recording = record_forward(model, *resolve_inputs(model, example_inputs))
         return list(plan_rewrite(recording).sites)
 
@@ -137,6 +138,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 def is_transformed(model: nn.Module) -> bool:
     """Whether `transform` has rewritten this model."""
+    _require_module(model)
     return bool(rewritten_blocks(model))
 
 
@@ -247,8 +249,6 @@ def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, before: An
     args, kwargs = inputs
     with torch.no_grad():
         after = model(*args, **kwargs)
-    if config.init != "preserve":
-        return
     wanted, got = tensor_leaves(before), tensor_leaves(after)
     if len(wanted) != len(got):
         raise MHCError(
@@ -261,7 +261,8 @@ def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, before: An
                 f"the rewritten {type(model).__name__} returns shape {list(b.shape)} instead of "
                 f"{list(a.shape)}; please report this model"
             )
-        if a.is_floating_point() and a.element_size() >= 4 and a.device.type != "meta":
+        exact = a.is_floating_point() and a.element_size() >= 4 and a.device.type != "meta"
+        if exact and config.init == "preserve":
             _compare(model, a, b)
 
 

@@ -13,7 +13,7 @@ from mhc_compile.passes.flow import Candidate, Flow, Op, find_candidates, is_hea
 
 
 def block_candidates(
-    graph: fx.Graph, block: nn.Module, plan: BlockPlan
+    graph: fx.Graph, block: nn.Module, plan: BlockPlan, label: str
 ) -> tuple[Flow, list[fx.Node], list[Candidate]]:
     """Finds a plan's residual adds in the block's graph, by data flow and source line.
 
@@ -27,11 +27,11 @@ def block_candidates(
     sources = set(plan.sources)
     found = [c for c in find_candidates(flow, lambda op: op.source in sources).values()]
     lines = [flow.ops[c.index].source for c in found]
-    if lines != list(plan.sources):
+    if lines != plan.sources:
         expected = ", ".join(format_source(s) for s in plan.sources)
         seen = ", ".join(format_source(s) for s in lines) or "none"
         raise UnsupportedResidualError(
-            f"block {plan.name!r} ({type(block).__name__}) takes another way through its code than "
+            f"block {plan.name!r} ({label}) takes another way through its code than "
             f"in the recording: residual adds expected at {expected}, found at {seen}; pass "
             "example_inputs that are like the later calls, or leave the block out with filter_fn"
         )

@@ -47,35 +47,65 @@ class ResidualSite:
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """What is to be rewritten in one block.
+class Segment:
+    """A run of neighbouring sites of one stream in one block.
 
     Attributes:
-        name: fully qualified name of the block.
-        sites: its residual adds in execution order.
+        sites: the residual adds in execution order.
         sources: their source lines.
-        first_index: position of its first site in the stream.
-        opened: submodules, relative to the block, that hold a part of the stream and are traced
-            into; all others stay calls.
-        light: submodules that hold no matmul, convolution or attention.
-        stream_input: path of the argument that carries the stream, None if it starts inside.
+        adds: when they ran in the recording, to order the sites of several segments.
+        first_index: position of the first site in the stream.
+        stream_input: path of the block's argument that carries the stream, None if it starts
+            inside the block.
         dims: dimensions of the plain (one-stream) tensor.
-        expand: whether the stream starts in this block.
+        expand: whether the stream starts here.
         collapse: whether it ends here.
         post_norm: whether a norm stands on the stream itself, behind each add.
     """
 
-    name: str
     sites: tuple[ResidualSite, ...]
     sources: tuple[Source | None, ...]
+    adds: tuple[int, ...]
     first_index: int
-    opened: frozenset[str]
-    light: frozenset[str]
     stream_input: LeafPath | None
     dims: int
     expand: bool
     collapse: bool
     post_norm: bool
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What is to be rewritten in one block.
+
+    Attributes:
+        name: fully qualified name of the block.
+        segments: its parts of streams, one in most models.
+        opened: submodules, relative to the block, that hold a part of a stream and are traced
+            into; all others stay calls.
+        light: submodules that hold no matmul, convolution or attention.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    opened: frozenset[str]
+    light: frozenset[str]
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """`(segment, site in it)` of all sites, in execution order."""
+        pairs = [(s, k) for s, seg in enumerate(self.segments) for k in range(len(seg.sites))]
+        return sorted(pairs, key=lambda pair: self.segments[pair[0]].adds[pair[1]])
+
+    @property
+    def sites(self) -> list[ResidualSite]:
+        """All sites in execution order."""
+        return [self.segments[s].sites[k] for s, k in self.order]
+
+    @property
+    def sources(self) -> list[Source | None]:
+        """Their source lines."""
+        return [self.segments[s].sources[k] for s, k in self.order]
 
 
 @dataclass(frozen=True)
@@ -128,8 +158,8 @@ def plan_rewrite(
             found = [_filtered(site, filter_fn) for site in found]
         sites += found
         for part in _runs(found):
-            blocks += _blocks(recording, stream, found, part)
-    return Plan(tuple(sites), tuple(blocks))
+            blocks += _segments(recording, stream, found, part)
+    return Plan(tuple(sites), _merged(blocks))
 
 
 def _check_stream(flow: Flow, stream: _Stream, previous: dict[int, int]) -> None:
@@ -268,9 +298,10 @@ def _runs(sites: list[ResidualSite]) -> list[list[int]]:
     return runs
 
 
-def _blocks(
+def _segments(
     recording: Recording, stream: _Stream, sites: list[ResidualSite], run: list[int]
 ) -> list[BlockPlan]:
+    """Cuts a run of accepted sites at the borders of their blocks; one plan a block."""
     flow = recording.flow
     groups: list[list[int]] = []
     for k in run:
@@ -284,8 +315,9 @@ def _blocks(
     for group in groups:
         owner = stream.owners[group[0]]
         light = _light_modules(recording, owner[-1][0])
+        adds = tuple(stream.chain[k].index for k in group)
         linking = [i for k in (*group, group[-1] + 1) for i in links.get(k, [])]
-        opened = _inner_modules(flow, owner, [stream.chain[k].index for k in group])
+        opened = _inner_modules(flow, owner, list(adds))
         opened |= _inner_modules(flow, owner, linking) - light
         first = stream.chain[group[0]]
         starts = {flow.canonical(first.skip)}
@@ -293,14 +325,25 @@ def _blocks(
             starts |= {stream.chain[group[0] - 1].index, *links[group[0]]}
         inputs = recording.calls[owner[-1]].inputs
         carrying = [p for p, i in inputs.items() if i in starts or flow.canonical(i) in starts]
-        plans.append(BlockPlan(
-            owner[-1][0], tuple(sites[k] for k in group),
-            tuple(flow.ops[stream.chain[k].index].source for k in group), group[0],
-            frozenset(opened), light,
-            carrying[0] if carrying else None, len(flow.ops[first.index].shape),
+        segment = Segment(
+            tuple(sites[k] for k in group), tuple(flow.ops[i].source for i in adds), adds,
+            group[0], carrying[0] if carrying else None, len(flow.ops[first.index].shape),
             group[0] == run[0], group[-1] == run[-1], computed * 2 > len(links) > 0,
-        ))  # fmt: skip
+        )  # fmt: skip
+        plans.append(BlockPlan(owner[-1][0], (segment,), frozenset(opened), light))
     return plans
+
+
+def _merged(plans: list[BlockPlan]) -> tuple[BlockPlan, ...]:
+    """One plan a block, also where it holds parts of several streams."""
+    merged: dict[str, BlockPlan] = {}
+    for plan in plans:
+        known = merged.get(plan.name)
+        if known is not None:
+            plan = replace(known, segments=known.segments + plan.segments,
+                           opened=known.opened | plan.opened)  # fmt: skip
+        merged[plan.name] = plan
+    return tuple(merged.values())
 
 
 def _link(flow: Flow, stream: _Stream, k: int) -> list[int]:

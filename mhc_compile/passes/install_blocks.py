@@ -19,8 +19,8 @@ from mhc_compile._torch_compat import autocast_state
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
 from mhc_compile.passes.call_paths import named_leaves
-from mhc_compile.passes.find_residuals import BlockPlan
-from mhc_compile.passes.rewrite_block import rewrite_block
+from mhc_compile.passes.find_residuals import BlockPlan, Segment
+from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
 from mhc_compile.passes.trace_block import CONSTANTS, add_guards, trace_block
 from mhc_compile.runtime.guards import GuardMismatch
 from mhc_compile.runtime.modules import HyperConnection, StreamCollapse
@@ -77,13 +77,11 @@ def trace_variant(
             "call: its Python depends on a size or number that keeps changing; move that code into "
             "a submodule"
         )
-    plain_args, plain_kwargs = args, dict(kwargs)
-    if not rewrite.plan.expand and rewrite.config.streams > 1:
-        plain_args, plain_kwargs = _with_plain_stream(block, rewrite, args, kwargs)
-    forward = rewrite.original.forward
-    traced = trace_block(block, forward, plain_args, plain_kwargs, rewrite.plan.opened)
+    plain_args, plain_kwargs = _replace_streams(rewrite, args, kwargs, _one_stream)
+    forward, label = rewrite.original.forward, rewrite.original.__name__
+    traced = trace_block(block, forward, plain_args, plain_kwargs, rewrite.plan.opened, label)
     add_guards(traced)
-    graph = rewrite_block(block, rewrite.plan, rewrite.config, traced)
+    graph = rewrite_block(block, rewrite.plan, rewrite.config, traced, label)
     variant = _generate(block, rewrite, graph, _leaf_order(forward, args, kwargs))
     known.append(variant)
     return variant
@@ -108,7 +106,7 @@ def prepare_block(
     rewrite = BlockRewrite(plan, config, type(block))
     # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
     original, modes = type(block), [(m, m.training) for m in block.modules()]
-    example = _with_streams(block, rewrite, args, kwargs)
+    example = _replace_streams(rewrite, args, kwargs, _many_streams)
     block.__class__ = _rewritten_class(original)
     try:
         for training in (True, False):
@@ -129,11 +127,14 @@ def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
     device = _device_of(block)
     parts: dict[str, nn.Module] = {}
     if config.streams > 1:
-        for number, site in enumerate(plan.sites):
-            index = plan.first_index + number
-            parts[str(number)] = HyperConnection(site.channels, config, index=index, device=device)
-        if plan.collapse:
-            parts["collapse"] = StreamCollapse(config, device=device)
+        for position, (number, k) in enumerate(plan.order):
+            segment = plan.segments[number]
+            parts[str(position)] = HyperConnection(
+                segment.sites[k].channels, config, index=segment.first_index + k, device=device
+            )
+        for number, segment in enumerate(plan.segments):
+            if segment.collapse:
+                parts[collapse_name(plan, number)] = StreamCollapse(config, device=device)
     block.add_module(ATTRIBUTE, nn.ModuleDict(parts))
     block.__dict__[_REWRITE] = rewrite
     block.__class__ = _rewritten_class(rewrite.original)
@@ -252,59 +253,47 @@ def _device_of(block: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _with_plain_stream(
-    block: nn.Module, rewrite: BlockRewrite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with one stream in the place of n, for tracing the original forward."""
-
-    def plain(stream: Tensor) -> Tensor:
-        if stream.dim() != rewrite.plan.dims + 1 or stream.shape[-2] != rewrite.config.streams:
-            raise MHCError(
-                f"block {rewrite.plan.name!r} takes {rewrite.config.streams} streams "
-                f"[..., {rewrite.config.streams}, C] from the block before it, got "
-                f"{list(stream.shape)}; call the whole model"
-            )
-        return stream[..., 0, :]
-
-    return _replace_stream(block, rewrite, args, kwargs, plain)
-
-
-def _with_streams(
-    block: nn.Module, rewrite: BlockRewrite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example arguments of the original model as the rewritten one will pass them."""
-    if rewrite.plan.expand or rewrite.config.streams == 1:
-        return args, dict(kwargs)
+def _one_stream(stream: Tensor, rewrite: BlockRewrite, segment: Segment) -> Tensor:
+    """One stream in the place of n, for tracing the original forward."""
     n = rewrite.config.streams
-    return _replace_stream(
-        block,
-        rewrite,
-        args,
-        kwargs,
-        lambda x: x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]),
-    )
+    if stream.dim() != segment.dims + 1 or stream.shape[-2] != n:
+        raise MHCError(
+            f"block {rewrite.plan.name!r} takes {n} streams [..., {n}, C] from the block before "
+            f"it, got {list(stream.shape)}; call the whole model"
+        )
+    return stream[..., 0, :]
 
 
-def _replace_stream(
-    block: nn.Module,
+def _many_streams(stream: Tensor, rewrite: BlockRewrite, segment: Segment) -> Tensor:
+    """A plain example stream as the rewritten model will pass it."""
+    n = rewrite.config.streams
+    return stream.unsqueeze(-2).expand(*stream.shape[:-1], n, stream.shape[-1])
+
+
+def _replace_streams(
     rewrite: BlockRewrite,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    change: Callable[[Tensor], Tensor],
+    change: Callable[[Tensor, BlockRewrite, Segment], Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    path = rewrite.plan.stream_input
-    found = [leaf for p, leaf in named_leaves(rewrite.original.forward, args, kwargs) if p == path]
-    if not found or not isinstance(found[0], Tensor):
-        raise UnsupportedResidualError(
-            f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its residual "
-            f"stream as the argument {path!r}; leave its sites out with filter_fn"
-        )
-    stream = found[0]
-    changed = change(stream)
+    """Changes the arguments that carry streams from earlier blocks."""
+    changed: dict[int, Tensor] = {}
+    for segment in rewrite.plan.segments:
+        if segment.expand or rewrite.config.streams == 1:
+            continue
+        named = named_leaves(rewrite.original.forward, args, kwargs)
+        found = [leaf for path, leaf in named if path == segment.stream_input]
+        if not found or not isinstance(found[0], Tensor):
+            raise UnsupportedResidualError(
+                f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its "
+                f"residual stream as the argument {segment.stream_input!r}; leave its sites out "
+                "with filter_fn"
+            )
+        changed[id(found[0])] = change(found[0], rewrite, segment)
 
     def walk(value: Any) -> Any:
-        if value is stream:
-            return changed
+        if id(value) in changed:
+            return changed[id(value)]
         if type(value) in (tuple, list):
             return type(value)(walk(v) for v in value)
         if type(value) is dict:
@@ -315,4 +304,5 @@ def _replace_stream(
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:
-    return rewrite.plan.sites[0].stream, rewrite.plan.first_index
+    first = rewrite.plan.segments[0]
+    return first.sites[0].stream, first.first_index

@@ -69,6 +69,9 @@ class _Recorder(TorchDispatchMode):
             return max(index, self.written.get(_storage(tensor), -1))
         if id(tensor) in self.fixed or tensor in self.fixed_values:
             return None
+        if tensor.dim() == 0:  # a number that became a tensor
+            self.fixed_values[tensor] = True
+            return None
         op = Op(len(self.flow.ops), "input", (), shape=tuple(tensor.shape),
                 is_float=tensor.is_floating_point())  # fmt: skip
         self.flow.ops.append(op)

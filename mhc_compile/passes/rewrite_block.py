@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import UnsupportedResidualError
 from mhc_compile.passes.block_flow import block_candidates
-from mhc_compile.passes.find_residuals import BlockPlan, format_source
+from mhc_compile.passes.find_residuals import BlockPlan, Segment, format_source
 from mhc_compile.passes.flow import Candidate, Flow
 from mhc_compile.passes.trace_block import TracedBlock
 from mhc_compile.runtime.guards import check_value
@@ -49,13 +49,21 @@ class Site:
 
 @dataclass
 class BlockGraph:
-    """A traced block while it is rewritten."""
+    """A traced block while one segment of a stream in it is rewritten.
+
+    `numbers` are the names of the sites' connections, `replaced` what became of erased adds.
+    """
 
     block: nn.Module
     plan: BlockPlan
+    segment: Segment
     config: MHCConfig
     traced: TracedBlock
-    sites: list[Site] = field(default_factory=list)
+    label: str
+    sites: list[Site]
+    numbers: list[int]
+    collapse_name: str
+    replaced: dict[fx.Node, fx.Node]
     streams: set[fx.Node] = field(default_factory=set)
     last: fx.Node | None = None
 
@@ -67,23 +75,43 @@ class BlockGraph:
     def refuse(self, node: fx.Node, why: str) -> UnsupportedResidualError:
         """An error that names the block, the line of a node and the way out."""
         return UnsupportedResidualError(
-            f"block {self.plan.name!r} ({type(self.block).__name__}) at "
+            f"block {self.plan.name!r} ({self.label}) at "
             f"{format_source(node.meta.get('source'))}: {why}; leave its sites out with filter_fn, "
             "or move that operation into a submodule"
         )
 
 
-def find_sites(work: BlockGraph) -> None:
-    """Finds the plan's residual adds in the graph, and what connects them."""
-    flow, nodes, candidates = block_candidates(work.graph, work.block, work.plan)
-    for number, c in enumerate(candidates):
-        link: list[fx.Node] = []
-        if number > 0 and c.skip != candidates[number - 1].index:
-            start = candidates[number - 1].index
-            if not flow.reads(c.skip, start):
-                raise work.refuse(nodes[c.index], "this add does not continue the previous stream")
-            link = [nodes[i] for i in flow.light_path(start, c.skip) or []]
-        work.sites.append(_site(flow, nodes, c, link))
+def find_sites(
+    block: nn.Module, plan: BlockPlan, config: MHCConfig, traced: TracedBlock, label: str
+) -> list[BlockGraph]:
+    """Finds the plan's residual adds in the graph and what connects them, by segment."""
+    flow, nodes, candidates = block_candidates(traced.graph, block, plan, label)
+    replaced: dict[fx.Node, fx.Node] = {}
+    works = []
+    for number, segment in enumerate(plan.segments):
+        name = collapse_name(plan, number)
+        work = BlockGraph(block, plan, segment, config, traced, label, [], [], name, replaced)
+        previous: int | None = None
+        for position, (s, _) in enumerate(plan.order):
+            if s != number:
+                continue
+            c = candidates[position]
+            link: list[fx.Node] = []
+            if previous is not None and c.skip != previous:
+                if not flow.reads(c.skip, previous):
+                    raise work.refuse(nodes[c.index], "this add does not continue its stream")
+                link = [nodes[i] for i in flow.light_path(previous, c.skip) or []]
+            work.sites.append(_site(flow, nodes, c, link))
+            work.numbers.append(position)
+            previous = c.index
+        works.append(work)
+    return works
+
+
+def collapse_name(plan: BlockPlan, number: int) -> str:
+    """The name of a segment's `StreamCollapse` in its block's `mhc`."""
+    ending = [i for i, segment in enumerate(plan.segments) if segment.collapse]
+    return "collapse" if len(ending) == 1 else f"collapse{number}"
 
 
 def _site(flow: Flow, nodes: list[fx.Node], c: Candidate, link: list[fx.Node]) -> Site:
@@ -101,15 +129,16 @@ def _site(flow: Flow, nodes: list[fx.Node], c: Candidate, link: list[fx.Node]) -
 def expand_stream(work: BlockGraph) -> None:
     """Makes the first skip n-stream: copies where the stream starts, else the block's input."""
     first = work.sites[0]
-    if not work.plan.expand:
-        carried = work.traced.inputs.get(work.plan.stream_input or ())
+    if not work.segment.expand:
+        carried = work.traced.inputs.get(work.segment.stream_input or ())
         if carried is None:
             raise work.refuse(first.add, "the stream does not enter through an argument of forward")
         if carried is not first.skip:
             raise work.refuse(first.add, "the stream is changed between the block's input and add")
         work.streams.add(carried)
         return
-    skip = first.skip
+    skip = first.skip = work.replaced.get(first.skip, first.skip)
+    first.operand = work.replaced.get(first.operand, first.operand)
     position = skip if skip.op != "placeholder" else _last_placeholder(work.graph)
     with work.graph.inserting_after(position):
         expanded = work.graph.call_function(expand_streams, (skip, work.config.streams))
@@ -128,9 +157,8 @@ def expand_stream(work: BlockGraph) -> None:
 
 def rewrite_residuals(work: BlockGraph) -> None:
     """Gives readers of each skip the mix h = pre(x), and makes each add x' = post_res(x, F)."""
-    graph = work.graph
-    replaced: dict[fx.Node, fx.Node] = {}
-    for number, site in enumerate(work.sites):
+    graph, replaced = work.graph, work.replaced
+    for number, site in zip(work.numbers, work.sites, strict=True):
         skip = replaced.get(site.skip, site.skip)
         operand = replaced.get(site.operand, site.operand)
         for node in site.link:
@@ -154,7 +182,7 @@ def rewrite_residuals(work: BlockGraph) -> None:
             plain = _first_stream(work, skip) if reader.meta.get("guard") else h
             reader.replace_input_with(skip, plain)
         with graph.inserting_before(site.add):
-            f = _branch_value(work, site)
+            f = _branch_value(work, site, operand)
             mixed = graph.call_function(apply_post_res, (operand, f, post, res))
         for node in (read, mixed):
             node.meta["source"] = site.add.meta["source"]
@@ -173,17 +201,19 @@ def _first_stream(work: BlockGraph, skip: fx.Node) -> fx.Node:
     return view
 
 
-def _branch_value(work: BlockGraph, site: Site) -> fx.Node:
+def _branch_value(work: BlockGraph, site: Site, operand: fx.Node) -> fx.Node:
     """F: the terms of the add without the skip, with torch.add's alpha and addcmul's value."""
     graph, kwargs = work.graph, site.add.kwargs
-    branch = list(site.branch)
+    branch = [work.replaced.get(term, term) for term in site.branch]
     if site.product:
-        value = graph.call_function(torch.mul, (branch[0], branch[1]))
+        factors = [a for a in (*site.add.args, site.add.kwargs.get("tensor1"),
+                               site.add.kwargs.get("tensor2")) if a is not None]  # fmt: skip
+        value = graph.call_function(torch.mul, tuple(factors[-2:]))
         scale = kwargs.get("value", 1)
     else:
         value = branch[0]
         scale = kwargs.get("alpha", 1)
-        if scale != 1 and (site.absorbed or site.add.args[0] is not site.operand):
+        if scale != 1 and (site.absorbed or site.add.args[0] is not operand):
             raise work.refuse(site.add, f"the residual itself is scaled by alpha={scale}")
         if any(n.kwargs.get("alpha", 1) != 1 for n in site.absorbed):
             raise work.refuse(site.add, "a sum of several branches has an alpha of its own")
@@ -196,22 +226,23 @@ def collapse_stream(work: BlockGraph) -> None:
     """Joins the streams behind the last site, or hands them on to the next block."""
     assert work.last is not None
     tail = work.last
-    if work.plan.post_norm:
-        for node in _trailing_norm(work, tail):
-            _check_link(work, node)
-            work.streams.add(node)
-            tail = node
-    if not work.plan.collapse:
+    for node in _trailing(work, tail):
+        work.streams.add(node)
+        tail = node
+    if not work.segment.collapse:
         return
     users = list(tail.users)
     with work.graph.inserting_after(tail):
-        joined = work.graph.call_module("mhc.collapse", (tail,))
+        joined = work.graph.call_module(f"mhc.{work.collapse_name}", (tail,))
     for user in users:
         user.replace_input_with(tail, joined)
+    for erased, node in list(work.replaced.items()):
+        if node is tail:
+            work.replaced[erased] = joined
 
 
-def _trailing_norm(work: BlockGraph, tail: fx.Node) -> list[fx.Node]:
-    """Light operations behind the last add that the stream takes alone, as between its adds."""
+def _trailing(work: BlockGraph, tail: fx.Node) -> list[fx.Node]:
+    """Operations behind the last add that the stream takes alone: casts, and a post-norm."""
     links = [len(s.link) for s in work.sites if s.link]
     limit = max(links, default=len(work.graph.nodes))
     path: list[fx.Node] = []
@@ -219,57 +250,72 @@ def _trailing_norm(work: BlockGraph, tail: fx.Node) -> list[fx.Node]:
         node = next(iter(tail.users))
         if node.op == "output" or node.all_input_nodes[:1] != [tail]:
             break
-        if not _is_per_stream(work, node):
+        if not (_is_cast(work, node) or work.segment.post_norm and _is_per_stream(work, node)):
             break
         path.append(node)
         tail = node
     return path
 
 
-def check_graph(work: BlockGraph) -> None:
+def check_streams(work: BlockGraph) -> None:
     """States what a legal result is: n-stream values go only where n streams are understood.
 
     Raises:
         UnsupportedResidualError: something else reads the stream.
     """
-    graph = work.graph
-    graph.eliminate_dead_code(_has_effect)
-    graph.lint()
-    reads = [n for n in graph.nodes if n.op == "call_module" and str(n.target).startswith("mhc.")]
-    mixes = [n for n in graph.nodes if n.target is apply_post_res]
-    expected = len(work.plan.sites)
-    if len(mixes) != expected or len(reads) != expected + work.plan.collapse:
-        raise work.refuse(mixes[0], f"{len(mixes)} of {expected} residual adds were rewritten")
-    for value in work.streams & set(graph.nodes):
+    nodes = set(work.graph.nodes)
+    for value in work.streams & nodes:
         for user in value.users:
-            legal = user in work.streams or user.op == "output" or user in reads
-            legal = legal or bool(user.meta.get("guard"))
-            if not legal:
+            reads = user.op == "call_module" and str(user.target).startswith("mhc.")
+            legal = user in work.streams or user.op == "output" or reads
+            if not legal and not user.meta.get("guard"):
                 raise work.refuse(user, "it reads the residual stream outside a sublayer")
-            if user.op == "output" and (work.plan.collapse or value is not _final(work)):
+            if user.op == "output" and (work.segment.collapse or value is not _final(work)):
                 raise work.refuse(user, "the block returns a stream from between its sublayers")
 
 
-PASSES = (find_sites, expand_stream, rewrite_residuals, collapse_stream, check_graph)
+def check_graph(works: list[BlockGraph]) -> None:
+    """Drops what nothing needs and counts what was rewritten.
+
+    Raises:
+        UnsupportedResidualError: a site is missing.
+    """
+    graph, plan = works[0].graph, works[0].plan
+    graph.eliminate_dead_code(_has_effect)
+    graph.lint()
+    mixes = [n for n in graph.nodes if n.target is apply_post_res]
+    reads = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    expected = {f"mhc.{number}" for number in range(len(plan.sites))}
+    if len(mixes) != len(plan.sites) or not expected <= reads:
+        raise works[0].refuse(
+            works[0].sites[0].skip,
+            f"{len(mixes)} of {len(plan.sites)} residual adds were rewritten",
+        )
+
+
+PASSES = (expand_stream, rewrite_residuals, collapse_stream, check_streams)
+"""What happens to each segment, in this order; `find_sites` comes before, `check_graph` after."""
 
 
 def rewrite_block(
-    block: nn.Module, plan: BlockPlan, config: MHCConfig, traced: TracedBlock
+    block: nn.Module, plan: BlockPlan, config: MHCConfig, traced: TracedBlock, label: str = ""
 ) -> fx.Graph:
-    """Runs `PASSES` over a traced block; with one stream the graph stays as it is.
+    """Rewrites a traced block; with one stream the graph stays as it is.
 
     Returns:
-        The rewritten graph. It calls `mhc.<k>`, one `HyperConnection` a site, and `mhc.collapse`.
+        The rewritten graph. It calls `mhc.<k>`, one `HyperConnection` a site, and
+        `mhc.collapse`.
 
     Raises:
         UnsupportedResidualError: a residual add or something near it cannot be rewritten.
     """
-    work = BlockGraph(block, plan, config, traced)
+    works = find_sites(block, plan, config, traced, label or type(block).__name__)
     if config.streams == 1:
-        find_sites(work)
         return traced.graph
-    for rewrite in PASSES:
-        rewrite(work)
+    for work in works:
+        for rewrite in PASSES:
+            rewrite(work)
+    check_graph(works)
     return traced.graph
 
 
@@ -282,6 +328,13 @@ def _final(work: BlockGraph) -> fx.Node | None:
             return tail
         tail = after[0]
     return None
+
+
+def _is_cast(work: BlockGraph, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = work.block.get_submodule(str(node.target))
+        return isinstance(module, nn.Dropout | nn.Identity)
+    return _target_name(node) in _PER_ELEMENT and len(node.all_input_nodes) == 1
 
 
 def _check_link(work: BlockGraph, node: fx.Node) -> None:

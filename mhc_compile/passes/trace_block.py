@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from mhc_compile._torch_compat import (
     Source,
-    TracerBase,
     force_eager,
     is_internal,
     no_nested_tensor_fastpath,
@@ -32,6 +31,7 @@ from mhc_compile._torch_compat import (
 )
 from mhc_compile.errors import MHCError, TraceError
 from mhc_compile.passes.call_paths import LeafPath, named_leaves
+from mhc_compile.passes.flow import ADDS
 from mhc_compile.passes.record import patched_module_call
 from mhc_compile.runtime.guards import check_value
 
@@ -66,6 +66,7 @@ def trace_block(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     opened: frozenset[str],
+    label: str = "",
 ) -> TracedBlock:
     """Traces `forward(block, *args, **kwargs)`; nothing outside the graph is changed.
 
@@ -75,6 +76,7 @@ def trace_block(
         args: example positional arguments; tensors are plain, not streams.
         kwargs: example keyword arguments.
         opened: names of submodules to trace into.
+        label: what messages call the block; its class's name if empty.
 
     Returns:
         The graph, its inputs and guards.
@@ -83,7 +85,7 @@ def trace_block(
         TraceError: the forward does something that a graph cannot hold; the message names the
             source line.
     """
-    tracer = _Tracer(block, opened)
+    tracer = _Tracer(block, opened, label or type(block).__name__)
     with _side_effects_undone(block), torch.no_grad():
         call_args, call_kwargs = tracer.add_inputs(forward, args, kwargs)
         with no_nested_tensor_fastpath(), force_eager(), tracer.active():
@@ -102,71 +104,91 @@ def trace_block(
     return TracedBlock(tracer.graph, tracer.inputs, tracer.guards)
 
 
-class ValueProxy(fx.Proxy):
-    """A proxy that knows the value which its node has in the traced example."""
+class ValueProxy:
+    """Stands for a node's result in the traced code and knows its value in the example.
 
-    tracer: Any
+    Its own fields have names that no value's attribute has, so that `proxy.x` is always the
+    value's `x`.
+    """
 
     def __init__(self, node: fx.Node, tracer: _Tracer, value: Any) -> None:
-        super().__init__(node, tracer)
-        self.value = value
+        self._mhc_node = node
+        self._mhc_tracer = tracer
+        self._mhc_value = value
 
     def __getattr__(self, name: str) -> Any:
-        return self.tracer.read_attribute(self, name)
+        return self._mhc_tracer.read_attribute(self, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Records a call of the value itself."""
-        return self.tracer.create_proxy("call_method", "__call__", (self, *args), kwargs)
+        return self._mhc_tracer.create("call_method", "__call__", (self, *args), kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Lets torch's argument parser accept proxies; `_RecordFunctions` comes first."""
+        tracer = _proxies((args, kwargs or {}))[0]._mhc_tracer
+        return tracer.create("call_function", func, args, kwargs or {})
 
     def __bool__(self) -> bool:
-        if type(self.value) is not bool:
-            if builtins.isinstance(self.value, Tensor):
-                self.tracer.fail_on_data("bool()")
-            return bool(self.tracer.create_proxy("call_function", operator.truth, (self,), {}))
-        self.tracer.guard(self.node, self.value)
-        return self.value
+        tracer = self._mhc_tracer
+        if type(self._mhc_value) is not bool:
+            if builtins.isinstance(self._mhc_value, Tensor):
+                tracer.fail_on_data("bool()")
+            return bool(tracer.create("call_function", operator.truth, (self,), {}))
+        tracer.guard(self._mhc_node, self._mhc_value)
+        return self._mhc_value
 
     def __index__(self) -> int:
-        return self.tracer.index_of(self)
+        return self._mhc_tracer.index_of(self)
 
     def __int__(self) -> int:
-        return int(self.tracer.specialised(self, "int()"))
+        return int(self._mhc_tracer.specialised(self, "int()"))
 
     def __float__(self) -> float:
-        return float(self.tracer.specialised(self, "float()"))
+        return float(self._mhc_tracer.specialised(self, "float()"))
 
     def __len__(self) -> int:
-        length = self.tracer.create_proxy("call_function", len, (self,), {})
-        return int(self.tracer.specialised(length, "len()"))
+        length = self._mhc_tracer.create("call_function", len, (self,), {})
+        return int(self._mhc_tracer.specialised(length, "len()"))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([operator.getitem(self, i) for i in range(len(self))])
+        return iter([operator.getitem(self, i) for i in range(len(self))])  # type: ignore[call-overload]
 
     def __contains__(self, item: Any) -> bool:
-        return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))
+        return bool(self._mhc_tracer.create("call_function", operator.contains, (self, item), {}))
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+        self._mhc_tracer.create("call_function", operator.setitem, (self, key, value), {})
 
     def __repr__(self) -> str:
-        return f"ValueProxy({self.node.name})"
+        return f"ValueProxy({self._mhc_node.name})"
 
     def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
+        return format(self._mhc_value, spec)
 
     def __hash__(self) -> int:
         return id(self)
 
 
-def _in_place_operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+def _operator(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
+    def method(self: ValueProxy, *others: Any) -> Any:
+        args = (*others, self) if reflected else (self, *others)
+        return self._mhc_tracer.create("call_function", function, args, {})
 
     return method
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior"):
-    setattr(ValueProxy, f"__{_name}__", _in_place_operator(getattr(operator, _name)))
+_REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or", "xor",
+              "lshift", "rshift")  # fmt: skip
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior")
+_OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "invert", "getitem")
+for _name in (*_REFLECTED, *_IN_PLACE, *_OTHERS):
+    setattr(ValueProxy, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
+for _name in _REFLECTED:
+    setattr(ValueProxy, f"__r{_name}__", _operator(getattr(operator, f"__{_name}__"), True))
+ValueProxy.__abs__ = _operator(abs)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -177,7 +199,7 @@ class _Method:
     name: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.owner.tracer.create_proxy("call_method", self.name, (self.owner, *args), kwargs)
+        return self.owner._mhc_tracer.create("call_method", self.name, (self.owner, *args), kwargs)
 
 
 class _RecordFunctions(TorchFunctionMode):
@@ -200,21 +222,20 @@ class _RecordFunctions(TorchFunctionMode):
         proxies = _proxies((args, kwargs))
         self.tracer.drop_index_guards(proxies)
         if proxies:
-            return self.tracer.create_proxy("call_function", _public(func), args, kwargs)
+            return self.tracer.create("call_function", _public(func), args, kwargs)
         with self.tracer.pause():
             value = func(*args, **kwargs)
         if not builtins.isinstance(value, Tensor) or _is_accessor(func):
             return value
-        return self.tracer.create_proxy("call_function", _public(func), args, kwargs)
+        return self.tracer.create("call_function", _public(func), args, kwargs)
 
 
-class _Tracer(TracerBase):
+class _Tracer:
     """Builds the graph of one block and computes each node's value as it goes."""
 
-    def __init__(self, block: nn.Module, opened: frozenset[str]) -> None:
-        super().__init__()
+    def __init__(self, block: nn.Module, opened: frozenset[str], label: str) -> None:
         self.block = block
-        self.label = type(block).__name__
+        self.label = label
         self.graph = fx.Graph()
         self.inputs: dict[LeafPath, fx.Node] = {}
         self.guards: list[tuple[fx.Node, Any, Source | None]] = []
@@ -270,6 +291,7 @@ class _Tracer(TracerBase):
         with (
             patched_module_call(self.call_module),
             _patched_isinstance(),
+            _patched_factories(self),
             _patched_autograd_apply(self),
             _RecordFunctions(self),
         ):
@@ -302,9 +324,9 @@ class _Tracer(TracerBase):
                 f"{self.label} calls a {type(module).__name__} at {_here()} that is not one of its "
                 "submodules; register it on the block"
             )
-        return self.create_proxy("call_module", name, args, kwargs)
+        return self.create("call_module", name, args, kwargs)
 
-    def create_proxy(  # type: ignore[override]
+    def create(
         self,
         kind: str,
         target: Any,
@@ -338,9 +360,9 @@ class _Tracer(TracerBase):
         """After an in-place write every name of that tensor stands for the new value."""
         first = next((a for a in args if type(a) is ValueProxy), None)
         if first is not None:
-            node.meta["value"] = first.value
-            for alias in self.proxies.get(id(first.value), []):
-                alias.node = node
+            node.meta["value"] = first._mhc_value
+            for alias in self.proxies.get(id(first._mhc_value), []):
+                alias._mhc_node = node
 
     def proxy_for(self, node: fx.Node, value: Any) -> ValueProxy:
         """A proxy of a node whose value is known."""
@@ -371,22 +393,22 @@ class _Tracer(TracerBase):
 
     def read_attribute(self, proxy: ValueProxy, name: str) -> Any:
         """Records `proxy.name`; dtype, device and the like are returned as constants."""
-        is_tensor = builtins.isinstance(proxy.value, Tensor)
+        is_tensor = builtins.isinstance(proxy._mhc_value, Tensor)
         if is_tensor and name in _AUTOGRAD_ATTRIBUTES and not self.paused:
             raise TraceError(
                 f"{self.label} reads .{name} of a tensor at {_here()}; a graph cannot depend on "
                 "autograd's state"
             )
         with self.pause():
-            value = getattr(proxy.value, name)
+            value = getattr(proxy._mhc_value, name)
         if self.paused:
             return value
         if callable(value) and not builtins.isinstance(value, Tensor | nn.Module):
             return _Method(proxy, name)
-        node = self.graph.call_function(getattr, (proxy.node, name))
+        node = self.graph.call_function(getattr, (proxy._mhc_node, name))
         node.meta["source"] = user_source()
         if is_tensor and name in _STATIC_ATTRIBUTES:
-            if proxy.node.op != "placeholder":  # a placeholder's are part of the graph's key
+            if proxy._mhc_node.op != "placeholder":  # a placeholder's are part of the graph's key
                 self.guard(node, value)
             return value
         return self.wrap(node, value)
@@ -394,7 +416,7 @@ class _Tracer(TracerBase):
     def create_arg(self, a: Any) -> Any:
         """Turns an argument into what a node can hold."""
         if type(a) is ValueProxy:
-            return a.node
+            return a._mhc_node
         if builtins.isinstance(a, Tensor | nn.Module):
             return self._attribute_node(a)
         if builtins.isinstance(a, tuple) and hasattr(a, "_fields"):
@@ -446,18 +468,18 @@ class _Tracer(TracerBase):
 
     def specialised(self, proxy: ValueProxy, what: str) -> Any:
         """The value of a number that Python needs to know."""
-        if builtins.isinstance(proxy.value, Tensor):
+        if builtins.isinstance(proxy._mhc_value, Tensor):
             self.fail_on_data(what)
-        self.guard(proxy.node, proxy.value)
-        return proxy.value
+        self.guard(proxy._mhc_node, proxy._mhc_value)
+        return proxy._mhc_value
 
     def index_of(self, proxy: ValueProxy) -> int:
         """`__index__`: a guard, unless it only was torch looking at an argument's type."""
-        if builtins.isinstance(proxy.value, Tensor):
+        if builtins.isinstance(proxy._mhc_value, Tensor):
             self.fail_on_data("an index or a size")
         if not self.paused:
             self.pending.append((proxy, _position(), user_source()))
-        return operator.index(proxy.value)
+        return operator.index(proxy._mhc_value)
 
     def drop_index_guards(self, proxies: list[ValueProxy]) -> None:
         """Torch's argument parser asked for `__index__` in the very call that now is recorded."""
@@ -470,8 +492,8 @@ class _Tracer(TracerBase):
     def flush_index_guards(self) -> None:
         """Makes guards of the `__index__` calls that were real."""
         for proxy, _, source in self.pending:
-            if not any(n is proxy.node for n, _, _ in self.guards):
-                self.guards.append((proxy.node, proxy.value, source))
+            if not any(n is proxy._mhc_node for n, _, _ in self.guards):
+                self.guards.append((proxy._mhc_node, proxy._mhc_value, source))
         self.pending.clear()
 
     def fail_on_data(self, what: str) -> None:
@@ -497,8 +519,7 @@ def add_guards(traced: TracedBlock) -> None:
         if node.op in ("placeholder", "get_attr"):
             return node
         if node not in copies:
-            arguments = [hoist(n) for n in node.all_input_nodes]
-            mapping = dict(zip(node.all_input_nodes, arguments, strict=True))
+            mapping = {n: hoist(_size_source(node, n)) for n in node.all_input_nodes}
             with graph.inserting_before(start):
                 copies[node] = graph.node_copy(node, lambda n: mapping[n])
             copies[node].meta["guard"] = True
@@ -514,12 +535,34 @@ def add_guards(traced: TracedBlock) -> None:
         check.meta["guard"] = early
 
 
+def _size_source(reader: fx.Node, node: fx.Node) -> fx.Node:
+    """What to read a size from: behind residual adds, the input that has the same one."""
+    if reader.target is not getattr or reader.args[1] != "shape":
+        return node
+    return _same_size(node)
+
+
+def _same_size(node: fx.Node) -> fx.Node:
+    value = node.meta.get("value")
+    if node.op != "call_function" or not isinstance(value, Tensor):
+        return node
+    if getattr(node.target, "__name__", "") not in ADDS:
+        return node
+    for term in node.all_input_nodes:
+        other = term.meta.get("value")
+        if isinstance(other, Tensor) and other.shape == value.shape:
+            source = _same_size(term)
+            if source.op == "placeholder":
+                return source
+    return node
+
+
 def _depends_on_sizes_only(node: fx.Node) -> bool:
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op != "call_function" or isinstance(node.meta.get("value"), Tensor):
         return False
-    return all(_depends_on_sizes_only(n) for n in node.all_input_nodes)
+    return all(_depends_on_sizes_only(_size_source(node, n)) for n in node.all_input_nodes)
 
 
 # --- what surrounds a trace ---------------------------------------------------------------------
@@ -557,7 +600,7 @@ def _protected_copy(value: Any, memo: dict[int, Any], label: str) -> Any:
             memo[id(value)] = value.detach().clone()
         return memo[id(value)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _tensors_copied_detached():
             return copy.deepcopy(value, memo)
     except Exception as error:
         raise TraceError(
@@ -568,13 +611,30 @@ def _protected_copy(value: Any, memo: dict[int, Any], label: str) -> Any:
 
 
 @contextlib.contextmanager
+def _tensors_copied_detached() -> Iterator[None]:
+    """Lets deepcopy take results of autograd, such as the keys and values in a cache."""
+    original = torch.Tensor.__deepcopy__
+
+    def copied(self: Tensor, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self.detach().clone()
+        return memo[id(self)]
+
+    torch.Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.__deepcopy__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _patched_isinstance() -> Iterator[None]:
     """Lets `isinstance(proxy, torch.Tensor)` and the like see the proxied value's type."""
     original = builtins.isinstance
 
     def isinstance_of_value(value: Any, kinds: Any) -> bool:
         if type(value) is ValueProxy:
-            return original(value, kinds) or original(value.value, kinds)
+            return original(value, kinds) or original(value._mhc_value, kinds)
         return original(value, kinds)
 
     builtins.isinstance = isinstance_of_value  # type: ignore[assignment]
@@ -585,6 +645,29 @@ def _patched_isinstance() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _patched_factories(tracer: _Tracer) -> Iterator[None]:
+    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only."""
+    names = ("ones", "zeros", "empty", "rand", "randn")
+    originals = {name: getattr(torch, name) for name in names}
+
+    def factory(original: Callable[..., Any]) -> Callable[..., Any]:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if tracer.paused or not _proxies((args, kwargs)):
+                return original(*args, **kwargs)
+            return tracer.create("call_function", original, args, kwargs)
+
+        return make
+
+    for name, original in originals.items():
+        setattr(torch, name, factory(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+@contextlib.contextmanager
 def _patched_autograd_apply(tracer: _Tracer) -> Iterator[None]:
     """Keeps a custom autograd.Function one node; tracing into it would drop its backward."""
     original = torch.autograd.Function.__dict__["apply"]
@@ -592,7 +675,7 @@ def _patched_autograd_apply(tracer: _Tracer) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if tracer.paused:
             return original.__get__(None, cls)(*args, **kwargs)
-        return tracer.create_proxy("call_function", cls.apply, args, kwargs)
+        return tracer.create("call_function", original.__get__(None, cls), args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
@@ -624,7 +707,7 @@ def _proxies(value: Any) -> list[ValueProxy]:
 
 def _unwrap(value: Any) -> Any:
     if type(value) is ValueProxy:
-        return value.value
+        return value._mhc_value
     if builtins.isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_unwrap(v) for v in value))
     if type(value) in (tuple, list):

@@ -5,7 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
+
+
+@contextlib.contextmanager
+def rehearsed(model: nn.Module) -> Iterator[None]:
+    """Runs a model for information only: buffers and random state are put back afterwards."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({str(t.device) for t in tensors if t.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 @contextlib.contextmanager
