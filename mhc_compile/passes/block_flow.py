@@ -9,7 +9,15 @@ from torch import Tensor, fx, nn
 from mhc_compile.errors import UnsupportedResidualError
 from mhc_compile.passes.find_residuals import BlockPlan, format_source
 from mhc_compile.passes.flow import NOOPS as NOOP_NAMES
-from mhc_compile.passes.flow import Candidate, Flow, Op, find_candidates, is_heavy_name
+from mhc_compile.passes.flow import (
+    Candidate,
+    Flow,
+    Op,
+    find_candidates,
+    is_heavy_name,
+    link_streams,
+    split_nested,
+)
 
 
 def block_candidates(
@@ -25,9 +33,12 @@ def block_candidates(
     """
     flow, nodes = _graph_flow(graph, block, plan)
     sources = set(plan.sources)
-    found = [c for c in find_candidates(flow, lambda op: op.source in sources).values()]
+    found = list(find_candidates(flow, lambda op: op.source in sources).values())
     lines = [flow.ops[c.index].source for c in found]
     if lines != plan.sources:
+        found = _other_way(flow)
+        lines = [flow.ops[c.index].source for c in found]
+    if len(found) != len(plan.sources):
         expected = ", ".join(format_source(s) for s in plan.sources)
         seen = ", ".join(format_source(s) for s in lines) or "none"
         raise UnsupportedResidualError(
@@ -36,6 +47,14 @@ def block_candidates(
             "example_inputs that are like the later calls, or leave the block out with filter_fn"
         )
     return flow, nodes, found
+
+
+def _other_way(flow: Flow) -> list[Candidate]:
+    """The adds of a block whose Python takes another branch than in the recording."""
+    candidates = find_candidates(flow)
+    chains, _ = link_streams(flow, candidates)
+    accepted, _ = split_nested(flow, candidates, chains)
+    return [candidates[i] for i in sorted(i for chain in accepted for i in chain)]
 
 
 def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flow, list[fx.Node]]:

@@ -115,14 +115,18 @@ def collapse_name(plan: BlockPlan, number: int) -> str:
 
 
 def _site(flow: Flow, nodes: list[fx.Node], c: Candidate, link: list[fx.Node]) -> Site:
-    casts = []
+    """Casts may stand between the skip and the add; what the sublayer reads is the skip."""
+    path = [nodes[c.operand]]
     at = c.operand
     while at != c.skip:
-        casts.append(nodes[at])
         at = flow.ops[at].inputs[0]
+        path.insert(0, nodes[at])
+    add = nodes[c.index]
+    read = [i for i, node in enumerate(path) if set(node.users) - {*path, add}]
+    first = read[0] if read else len(path) - 1
     return Site(
-        nodes[c.index], nodes[c.skip], nodes[c.operand], [nodes[i] for i in c.branch],
-        [nodes[i] for i in c.absorbed], c.product, link, casts[::-1],
+        add, path[first], path[-1], [nodes[i] for i in c.branch], [nodes[i] for i in c.absorbed],
+        c.product, link + path[1 : first + 1], path[first + 1 :],
     )  # fmt: skip
 
 

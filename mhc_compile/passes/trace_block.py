@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import copy
 import enum
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -180,8 +181,8 @@ def _operator(function: Callable[..., Any], reflected: bool = False) -> Callable
     return method
 
 
-_REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or", "xor",
-              "lshift", "rshift")  # fmt: skip
+_REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or",
+              "xor", "lshift", "rshift")  # fmt: skip
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior")
 _OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "invert", "getitem")
 for _name in (*_REFLECTED, *_IN_PLACE, *_OTHERS):
@@ -675,13 +676,25 @@ def _patched_autograd_apply(tracer: _Tracer) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if tracer.paused:
             return original.__get__(None, cls)(*args, **kwargs)
-        return tracer.create("call_function", original.__get__(None, cls), args, kwargs)
+        return tracer.create("call_function", _applied(original.__get__(None, cls)), args, kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@functools.cache
+def _applied(bound: Any) -> Callable[..., Any]:
+    """An autograd.Function's apply as a plain function, which fx can write into code."""
+
+    def apply(*args: Any) -> Any:
+        return bound(*args)
+
+    apply.__name__ = f"{bound.__self__.__name__}_apply"
+    apply.__self__ = bound.__self__  # type: ignore[attr-defined]
+    return apply
 
 
 def _bound_names(forward: Callable[..., Any]) -> list[str]:
