@@ -22,10 +22,12 @@ from mhc_compile.passes.find_residuals import Plan, ResidualSite, plan_rewrite
 from mhc_compile.passes.install_blocks import (
     ATTRIBUTE,
     BlockRewrite,
+    hook_surroundings,
     install_block,
     prepare_block,
     refuse_transformed,
     rewritten_blocks,
+    unhook_surroundings,
     uninstall_block,
 )
 from mhc_compile.passes.native import refuse_native
@@ -91,6 +93,7 @@ def transform(
             rewrites = _rewrite_blocks(model, plan, config, inputs)  # trace .. check
         for name, rewrite in rewrites.items():
             install_block(model.get_submodule(name), rewrite)  # install
+        hook_surroundings(model, plan.blocks)
         with _evaluation(model), rehearsed(model):
             _check_step0(model, config, inputs, recording.result)
     return model
@@ -133,6 +136,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     for _, (block, _) in _require_transformed(model).items():
         uninstall_block(block)
+    unhook_surroundings(model)
     return model
 
 

@@ -20,7 +20,8 @@ import torch, transformers
 torch.manual_seed({seed})
 def build():
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=2, n_embd=16, n_head=2, vocab_size=61, n_positions=32, bos_token_id=0, eos_token_id=0))
+        n_layer=2, n_embd=16, n_head=2, vocab_size=61, n_positions=32,
+        bos_token_id=0, eos_token_id=0))
 """
 
 

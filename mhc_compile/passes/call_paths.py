@@ -23,7 +23,7 @@ def named_leaves(
     Yields:
         `(path, leaf)`; extra positional arguments have the path `("*", number)`.
     """
-    names = _positional_names(forward)
+    names = positional_names(forward)
     bound: dict[str, Any] = dict(zip(names, args, strict=False))
     yield from _leaves({**bound, **kwargs}, ())
     for number, value in enumerate(args[len(names) :]):
@@ -41,7 +41,13 @@ def _leaves(value: Any, path: LeafPath) -> Iterator[tuple[LeafPath, Any]]:
         yield path, value
 
 
-def _positional_names(forward: Callable[..., Any]) -> list[str]:
+def is_open(name: object, value: Any, open_names: frozenset[str]) -> bool:
+    """Whether an argument that is None counts as an input rather than a constant."""
+    return value is None and name in open_names
+
+
+def positional_names(forward: Callable[..., Any]) -> list[str]:
+    """Parameters of an unbound method that can be given by position, without the first."""
     try:
         parameters = list(inspect.signature(forward).parameters.values())[1:]
     except (TypeError, ValueError):

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import inspect
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from mhc_compile._torch_compat import autocast_state
+from mhc_compile._torch_compat import autocast_state, tensor_leaves
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
-from mhc_compile.passes.call_paths import named_leaves
+from mhc_compile.passes.call_paths import named_leaves, positional_names
 from mhc_compile.passes.find_residuals import BlockPlan, Segment
 from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
-from mhc_compile.passes.trace_block import CONSTANTS, add_guards, trace_block
+from mhc_compile.passes.trace_block import CONSTANTS, TracedBlock, add_guards, trace_block
 from mhc_compile.runtime.guards import GuardMismatch
 from mhc_compile.runtime.modules import HyperConnection, StreamCollapse
 
@@ -46,19 +46,46 @@ class BlockRewrite:
     plan: BlockPlan
     config: MHCConfig
     original: type[nn.Module]
+    open_names: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+
+    def key(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any]
+    ) -> Any:
+        """Describes a kind of call, hashable; fills `leaves` with what may vary within it."""
+
+        def part(name: str | None, value: Any) -> Any:
+            if name in self.open_names:
+                leaves.append(value)
+                return None
+            return _call_key(value, leaves)
+
+        names = (*positional_names(self.original.forward), *[None] * len(args))
+        by_position = tuple([part(n, a) for n, a in zip(names, args, strict=False)])
+        by_name = tuple([(k, part(k, v)) for k, v in kwargs.items()])
+        return _mode(block, self.plan), by_position, by_name
 
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs the variant that fits the arguments; an unseen kind of call is traced first."""
         leaves: list[Any] = []
-        key = (_mode(block, self.plan), _call_key(args, leaves), _call_key(dict(kwargs), leaves))
+        key = self.key(block, args, kwargs, leaves)
         for variant in self.variants.get(key, ()):
             try:
-                return variant.function(block, *(leaves[i] for i in variant.order))
+                return self.run(variant, block, leaves)
             except GuardMismatch:
                 continue
-        variant = trace_variant(block, self, key, args, kwargs)
-        return variant.function(block, *(leaves[i] for i in variant.order))
+        return self.run(trace_variant(block, self, key, args, kwargs), block, leaves)
+
+    def run(self, variant: Variant, block: nn.Module, leaves: list[Any]) -> Any:
+        """Calls the generated function and marks the streams that it hands on."""
+        result = variant.function(block, *(leaves[i] for i in variant.order))
+        if self.config.streams > 1 and not torch.compiler.is_compiling():
+            for segment in self.plan.segments:
+                shape = (self.config.streams, segment.sites[0].channels)
+                for tensor in () if segment.collapse else tensor_leaves(result):
+                    if tensor.dim() == segment.dims + 1 and tensor.shape[-2:] == shape:
+                        tensor._mhc_streams = True  # type: ignore[attr-defined]
+        return result
 
 
 @torch.compiler.disable
@@ -79,10 +106,13 @@ def trace_variant(
         )
     plain_args, plain_kwargs = _replace_streams(rewrite, args, kwargs, _one_stream)
     forward, label = rewrite.original.forward, rewrite.original.__name__
-    traced = trace_block(block, forward, plain_args, plain_kwargs, rewrite.plan.opened, label)
+    traced = trace_block(
+        block, forward, plain_args, plain_kwargs, rewrite.plan.opened, label, rewrite.open_names
+    )
     add_guards(traced)
     graph = rewrite_block(block, rewrite.plan, rewrite.config, traced, label)
-    variant = _generate(block, rewrite, graph, _leaf_order(forward, args, kwargs))
+    order = _leaf_order(forward, args, kwargs, rewrite.open_names)
+    variant = _generate(rewrite, graph, order)
     known.append(variant)
     return variant
 
@@ -109,11 +139,10 @@ def prepare_block(
     example = _replace_streams(rewrite, args, kwargs, _many_streams)
     block.__class__ = _rewritten_class(original)
     try:
+        rewrite.open_names = _open_names(block, rewrite, args, kwargs)
         for training in (True, False):
             block.train(training)
-            leaves: list[Any] = []
-            key = (_mode(block, plan), _call_key(example[0], leaves), _call_key(example[1], leaves))
-            trace_variant(block, rewrite, key, *example)
+            trace_variant(block, rewrite, rewrite.key(block, *example, []), *example)
     finally:
         block.__class__ = original
         for module, mode in modes:
@@ -138,6 +167,53 @@ def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
     block.add_module(ATTRIBUTE, nn.ModuleDict(parts))
     block.__dict__[_REWRITE] = rewrite
     block.__class__ = _rewritten_class(rewrite.original)
+
+
+def collapse_escaped(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of the modules around a whole stream: what leaves them has the plain shape.
+
+    Only states from between blocks can, such as `output_hidden_states` collects; their streams
+    are averaged.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if not any(hasattr(tensor, "_mhc_streams") for tensor in tensor_leaves(output)):
+        return None
+    return _collapsed(output)
+
+
+def _collapsed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.mean(-2) if hasattr(value, "_mhc_streams") else value
+    if type(value) in (tuple, list):
+        return type(value)(_collapsed(v) for v in value)
+    if isinstance(value, dict):
+        for key in list(value):
+            value[key] = _collapsed(value[key])
+    return value
+
+
+def hook_surroundings(model: nn.Module, plans: Iterable[BlockPlan]) -> None:
+    """Puts `collapse_escaped` on every module that holds all blocks of a stream."""
+    holders: dict[int, list[str]] = {}
+    for plan in plans:
+        for segment in plan.segments:
+            parts = plan.name.split(".")[:-1]
+            known = holders.setdefault(segment.sites[0].stream, parts)
+            same = [a == b for a, b in zip(known, parts, strict=False)]
+            shared = same.index(False) if False in same else len(same)
+            holders[segment.sites[0].stream] = known[:shared]
+    names = {".".join(parts[:k]) for parts in holders.values() for k in range(len(parts) + 1)}
+    for name in sorted(names):
+        model.get_submodule(name).register_forward_hook(collapse_escaped)
+
+
+def unhook_surroundings(model: nn.Module) -> None:
+    """Undoes `hook_surroundings`."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is collapse_escaped:
+                del module._forward_hooks[key]
 
 
 def uninstall_block(block: nn.Module) -> None:
@@ -188,9 +264,7 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
     return _classes[original]
 
 
-def _generate(
-    block: nn.Module, rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]
-) -> Variant:
+def _generate(rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]) -> Variant:
     code = graph.python_code("self")
     count = sum(map(len, rewrite.variants.values()))
     name = (
@@ -202,10 +276,71 @@ def _generate(
     return Variant(code.src.strip(), scope["forward"], order)
 
 
+def _open_names(
+    block: nn.Module, rewrite: BlockRewrite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> frozenset[str]:
+    """Arguments, None in the example, that the block's code only hands on.
+
+    Their graphs hold for any value, so that a mask or a cache given later needs no new trace,
+    which could not happen inside torch.compile. An argument counts if the code takes the same way
+    when `argument is None` is false.
+    """
+    forward, opened = rewrite.original.forward, rewrite.plan.opened
+    empty = [str(path[0]) for path, leaf in named_leaves(forward, args, kwargs)
+             if leaf is None and len(path) == 1]  # fmt: skip
+    if not empty:
+        return frozenset()
+    closed = trace_block(block, forward, args, kwargs, opened)
+    names: frozenset[str] = frozenset()
+    for group in ([frozenset(empty)], [frozenset({name}) for name in empty]):
+        for candidates in group:
+            try:
+                opened_up = trace_block(block, forward, args, kwargs, opened, "", candidates)
+            except MHCError:
+                continue
+            if not opened_up.inspected and _same_graph(closed, opened_up):
+                names |= candidates
+        if names:
+            break
+    return names
+
+
+def _same_graph(closed: TracedBlock, opened_up: TracedBlock) -> bool:
+    """Whether two traces differ only in inputs that take the place of None."""
+
+    def described(traced: TracedBlock) -> list[Any]:
+        inputs = {node: path for path, node in traced.inputs.items()}
+        numbers: dict[fx.Node, Any] = {}
+        rows: list[Any] = [len(traced.guards)]
+        for node in traced.graph.nodes:
+            if node in inputs:
+                numbers[node] = "None" if node.meta["value"] is None else f"input {inputs[node]}"
+                continue
+            numbers[node] = f"node {len(rows)}"
+            label: Any = lambda n: _Label(numbers[n])  # noqa: E731
+            rows.append((node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), label))))
+        return rows
+
+    return described(closed) == described(opened_up)
+
+
+class _Label:
+    """Prints as a name, so that `repr` of an input in the place of None is that of None."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
 def _leaf_order(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    open_names: frozenset[str],
 ) -> tuple[int, ...]:
-    """Positions, in the order of `_call_key`'s leaves, of the generated function's arguments."""
+    """Positions in the leaves of `BlockRewrite.key` of the generated function's inputs."""
     counter = iter(range(1 << 30))
 
     def number(value: Any) -> Any:
@@ -215,8 +350,12 @@ def _leaf_order(
             return {k: number(v) for k, v in value.items()}
         return value if isinstance(value, CONSTANTS) else _Position(next(counter))
 
-    numbered = number(args), number(dict(kwargs))
-    leaves = named_leaves(forward, *numbered)
+    def argument(name: str | None, value: Any) -> Any:
+        return _Position(next(counter)) if name in open_names else number(value)
+
+    names = (*positional_names(forward), *[None] * len(args))
+    numbered = tuple(argument(n, a) for n, a in zip(names, args, strict=False))
+    leaves = named_leaves(forward, numbered, {k: argument(k, v) for k, v in kwargs.items()})
     return tuple(leaf.index for _, leaf in leaves if isinstance(leaf, _Position))
 
 

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import enum
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from mhc_compile._torch_compat import (
     user_source,
 )
 from mhc_compile.errors import MHCError, TraceError
-from mhc_compile.passes.call_paths import LeafPath, named_leaves
+from mhc_compile.passes.call_paths import LeafPath, is_open, named_leaves, positional_names
 from mhc_compile.passes.flow import ADDS
 from mhc_compile.passes.record import patched_module_call
 from mhc_compile.runtime.guards import check_value
@@ -53,12 +52,14 @@ class TracedBlock:
     """A block's forward as a graph.
 
     `inputs` are the paths of the placeholders in order. `guards` are `(node, value, source)`:
-    values on which the block's control flow depended.
+    values on which the block's control flow depended; `inspected` tells that the code asked for
+    the type of an argument that was None.
     """
 
     graph: fx.Graph
     inputs: dict[LeafPath, fx.Node]
     guards: list[tuple[fx.Node, Any, Source | None]] = field(default_factory=list)
+    inspected: bool = False
 
 
 def trace_block(
@@ -68,6 +69,7 @@ def trace_block(
     kwargs: Mapping[str, Any],
     opened: frozenset[str],
     label: str = "",
+    open_names: frozenset[str] = frozenset(),
 ) -> TracedBlock:
     """Traces `forward(block, *args, **kwargs)`; nothing outside the graph is changed.
 
@@ -78,6 +80,7 @@ def trace_block(
         kwargs: example keyword arguments.
         opened: names of submodules to trace into.
         label: what messages call the block; its class's name if empty.
+        open_names: arguments that are inputs of the graph even where the example has None.
 
     Returns:
         The graph, its inputs and guards.
@@ -88,7 +91,7 @@ def trace_block(
     """
     tracer = _Tracer(block, opened, label or type(block).__name__)
     with _side_effects_undone(block), torch.no_grad():
-        call_args, call_kwargs = tracer.add_inputs(forward, args, kwargs)
+        call_args, call_kwargs = tracer.add_inputs(forward, args, kwargs, open_names)
         with no_nested_tensor_fastpath(), force_eager(), tracer.active():
             try:
                 out = forward(block, *call_args, **call_kwargs)
@@ -102,7 +105,7 @@ def trace_block(
                     "or move it into a submodule of its own"
                 ) from error
     tracer.flush_index_guards()
-    return TracedBlock(tracer.graph, tracer.inputs, tracer.guards)
+    return TracedBlock(tracer.graph, tracer.inputs, tracer.guards, tracer.inspected)
 
 
 class ValueProxy:
@@ -241,6 +244,7 @@ class _Tracer:
         self.inputs: dict[LeafPath, fx.Node] = {}
         self.guards: list[tuple[fx.Node, Any, Source | None]] = []
         self.paused = 0
+        self.inspected = False
         self.modules = {id(m): name for name, m in block.named_modules()}
         self.opened = {id(block.get_submodule(name)) for name in opened} | {id(block)}
         named = [*block.named_parameters(remove_duplicate=False),
@@ -253,12 +257,16 @@ class _Tracer:
     # --- inputs ---------------------------------------------------------------------------
 
     def add_inputs(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        open_names: frozenset[str],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Makes a placeholder for every argument that is not a constant, on protected copies."""
         placeholders: dict[LeafPath, fx.Node] = {}
         for path, leaf in named_leaves(forward, args, kwargs):
-            if not builtins.isinstance(leaf, CONSTANTS):
+            if not builtins.isinstance(leaf, CONSTANTS) or is_open(path[0], leaf, open_names):
                 name = "_".join(str(part) for part in path if part != "*") or "arg"
                 name = name if name.isidentifier() else f"arg_{len(placeholders)}"
                 placeholders[path] = self.graph.placeholder(name)
@@ -274,13 +282,18 @@ class _Tracer:
                 return value
             return self.proxy_for(next(nodes), _protected_copy(value, memo, self.label))
 
+        def wrap_argument(name: str, value: Any) -> Any:
+            return (
+                self.proxy_for(next(nodes), value)
+                if is_open(name, value, open_names)
+                else wrap(value)
+            )
+
         # Same order as named_leaves: parameters by position, keywords, then extra positionals.
-        split = len(args)
-        with contextlib.suppress(TypeError, ValueError):
-            split = len(_bound_names(forward))
-        first = tuple(wrap(a) for a in args[:split])
-        named = {k: wrap(v) for k, v in kwargs.items()}
-        rest = tuple(wrap(a) for a in args[split:])
+        names = positional_names(forward)
+        first = tuple(wrap_argument(n, a) for n, a in zip(names, args, strict=False))
+        named = {k: wrap_argument(k, v) for k, v in kwargs.items()}
+        rest = tuple(wrap(a) for a in args[len(names) :])
         self.inputs = placeholders
         return first + rest, named
 
@@ -635,6 +648,8 @@ def _patched_isinstance() -> Iterator[None]:
 
     def isinstance_of_value(value: Any, kinds: Any) -> bool:
         if type(value) is ValueProxy:
+            if value._mhc_value is None:
+                value._mhc_tracer.inspected = True
             return original(value, kinds) or original(value._mhc_value, kinds)
         return original(value, kinds)
 
@@ -695,13 +710,6 @@ def _applied(bound: Any) -> Callable[..., Any]:
     apply.__name__ = f"{bound.__self__.__name__}_apply"
     apply.__self__ = bound.__self__  # type: ignore[attr-defined]
     return apply
-
-
-def _bound_names(forward: Callable[..., Any]) -> list[str]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [
-        p.name for p in list(inspect.signature(forward).parameters.values())[1:] if p.kind in kinds
-    ]
 
 
 def _proxies(value: Any) -> list[ValueProxy]:

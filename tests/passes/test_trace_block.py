@@ -354,7 +354,8 @@ def test_an_autograd_function_is_kept_whole():
     for m in (original, model):
         m(tokens()).square().mean().backward()
         grads.append(m.h[0].attn.out.weight.grad)
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+    scale = float(grads[0].abs().max())
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4 * scale)
 
 
 class Cache:
