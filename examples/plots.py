@@ -47,7 +47,10 @@ def plot_gains(runs: list[Run], folder: Path) -> list[Path]:
                       label=f"{run.version}, {label}")  # fmt: skip
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(
-        xlabel="sublayer", ylabel="composite gain of H_res", title="Gain per layer after training"
+        xlabel="sublayer",
+        ylabel="composite gain of H_res (log scale)",
+        yscale="log",
+        title="Gain per layer after training",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)

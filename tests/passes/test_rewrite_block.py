@@ -253,7 +253,8 @@ def test_equals_the_loop(name, connection, n):
     original = architecture.build(seed=n)
     model = copy.deepcopy(original)
     mc.transform(model, example_inputs=architecture.inputs(), streams=n, connection=connection)
-    perturb(model, seed=n)
+    # Unconstrained mixing amplifies float32's own rounding with the size of the perturbation.
+    perturb(model, seed=n, scale=0.5 if connection == "hc" else 1.0)
     for dtype, tolerance in [(torch.float32, 1e-5), (torch.float64, TOLERANCE.get(name, 1e-11))]:
         original.to(dtype), model.to(dtype)
         inputs = architecture.inputs(2, 7, seed=n + 50)
