@@ -22,16 +22,15 @@ from mhc_compile.passes.find_residuals import Plan, ResidualSite, plan_rewrite
 from mhc_compile.passes.install_blocks import (
     ATTRIBUTE,
     BlockRewrite,
-    hook_surroundings,
     install_block,
     prepare_block,
     refuse_transformed,
     rewritten_blocks,
-    unhook_surroundings,
     uninstall_block,
 )
 from mhc_compile.passes.native import refuse_native
 from mhc_compile.passes.record import patched_module_call, record_forward
+from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings
 from mhc_compile.passes.undo import rehearsed, unchanged_on_error
 
 STEP0_TOLERANCE = 1e-3

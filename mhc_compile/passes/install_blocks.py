@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import linecache
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import Tensor, fx, nn
 from mhc_compile._torch_compat import autocast_state, tensor_leaves
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
+from mhc_compile.passes.add_guards import add_guards
 from mhc_compile.passes.call_paths import named_leaves, positional_names
 from mhc_compile.passes.find_residuals import BlockPlan, Segment
+from mhc_compile.passes.open_arguments import find_open_arguments
 from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
-from mhc_compile.passes.trace_block import CONSTANTS, TracedBlock, add_guards, trace_block
+from mhc_compile.passes.trace_block import CONSTANTS, trace_block
 from mhc_compile.runtime.guards import GuardMismatch
-from mhc_compile.runtime.modules import HyperConnection, StreamCollapse
+from mhc_compile.runtime.modules import MARK, HyperConnection, StreamCollapse
 
 ATTRIBUTE = "mhc"
 MAX_VARIANTS = 16
@@ -84,7 +86,7 @@ class BlockRewrite:
                 shape = (self.config.streams, segment.sites[0].channels)
                 for tensor in () if segment.collapse else tensor_leaves(result):
                     if tensor.dim() == segment.dims + 1 and tensor.shape[-2:] == shape:
-                        tensor._mhc_streams = True  # type: ignore[attr-defined]
+                        setattr(tensor, MARK, True)
         return result
 
 
@@ -139,7 +141,8 @@ def prepare_block(
     example = _replace_streams(rewrite, args, kwargs, _many_streams)
     block.__class__ = _rewritten_class(original)
     try:
-        rewrite.open_names = _open_names(block, rewrite, args, kwargs)
+        forward = rewrite.original.forward
+        rewrite.open_names = find_open_arguments(block, forward, args, kwargs, plan.opened)
         for training in (True, False):
             block.train(training)
             trace_variant(block, rewrite, rewrite.key(block, *example, []), *example)
@@ -167,53 +170,6 @@ def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
     block.add_module(ATTRIBUTE, nn.ModuleDict(parts))
     block.__dict__[_REWRITE] = rewrite
     block.__class__ = _rewritten_class(rewrite.original)
-
-
-def collapse_escaped(module: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of the modules around a whole stream: what leaves them has the plain shape.
-
-    Only states from between blocks can, such as `output_hidden_states` collects; their streams
-    are averaged.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    if not any(hasattr(tensor, "_mhc_streams") for tensor in tensor_leaves(output)):
-        return None
-    return _collapsed(output)
-
-
-def _collapsed(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.mean(-2) if hasattr(value, "_mhc_streams") else value
-    if type(value) in (tuple, list):
-        return type(value)(_collapsed(v) for v in value)
-    if isinstance(value, dict):
-        for key in list(value):
-            value[key] = _collapsed(value[key])
-    return value
-
-
-def hook_surroundings(model: nn.Module, plans: Iterable[BlockPlan]) -> None:
-    """Puts `collapse_escaped` on every module that holds all blocks of a stream."""
-    holders: dict[int, list[str]] = {}
-    for plan in plans:
-        for segment in plan.segments:
-            parts = plan.name.split(".")[:-1]
-            known = holders.setdefault(segment.sites[0].stream, parts)
-            same = [a == b for a, b in zip(known, parts, strict=False)]
-            shared = same.index(False) if False in same else len(same)
-            holders[segment.sites[0].stream] = known[:shared]
-    names = {".".join(parts[:k]) for parts in holders.values() for k in range(len(parts) + 1)}
-    for name in sorted(names):
-        model.get_submodule(name).register_forward_hook(collapse_escaped)
-
-
-def unhook_surroundings(model: nn.Module) -> None:
-    """Undoes `hook_surroundings`."""
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is collapse_escaped:
-                del module._forward_hooks[key]
 
 
 def uninstall_block(block: nn.Module) -> None:
@@ -274,64 +230,6 @@ def _generate(rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]) ->
     exec(compile(code.src, name, "exec"), scope)
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
     return Variant(code.src.strip(), scope["forward"], order)
-
-
-def _open_names(
-    block: nn.Module, rewrite: BlockRewrite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> frozenset[str]:
-    """Arguments, None in the example, that the block's code only hands on.
-
-    Their graphs hold for any value, so that a mask or a cache given later needs no new trace,
-    which could not happen inside torch.compile. An argument counts if the code takes the same way
-    when `argument is None` is false.
-    """
-    forward, opened = rewrite.original.forward, rewrite.plan.opened
-    empty = [str(path[0]) for path, leaf in named_leaves(forward, args, kwargs)
-             if leaf is None and len(path) == 1]  # fmt: skip
-    if not empty:
-        return frozenset()
-    closed = trace_block(block, forward, args, kwargs, opened)
-    names: frozenset[str] = frozenset()
-    for group in ([frozenset(empty)], [frozenset({name}) for name in empty]):
-        for candidates in group:
-            try:
-                opened_up = trace_block(block, forward, args, kwargs, opened, "", candidates)
-            except MHCError:
-                continue
-            if not opened_up.inspected and _same_graph(closed, opened_up):
-                names |= candidates
-        if names:
-            break
-    return names
-
-
-def _same_graph(closed: TracedBlock, opened_up: TracedBlock) -> bool:
-    """Whether two traces differ only in inputs that take the place of None."""
-
-    def described(traced: TracedBlock) -> list[Any]:
-        inputs = {node: path for path, node in traced.inputs.items()}
-        numbers: dict[fx.Node, Any] = {}
-        rows: list[Any] = [len(traced.guards)]
-        for node in traced.graph.nodes:
-            if node in inputs:
-                numbers[node] = "None" if node.meta["value"] is None else f"input {inputs[node]}"
-                continue
-            numbers[node] = f"node {len(rows)}"
-            label: Any = lambda n: _Label(numbers[n])  # noqa: E731
-            rows.append((node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), label))))
-        return rows
-
-    return described(closed) == described(opened_up)
-
-
-class _Label:
-    """Prints as a name, so that `repr` of an input in the place of None is that of None."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
 
 
 def _leaf_order(

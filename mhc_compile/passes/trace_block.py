@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import copy
 import enum
-import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,9 +29,15 @@ from mhc_compile._torch_compat import (
 )
 from mhc_compile.errors import MHCError, TraceError
 from mhc_compile.passes.call_paths import LeafPath, is_open, named_leaves, positional_names
-from mhc_compile.passes.flow import ADDS
 from mhc_compile.passes.record import patched_module_call
-from mhc_compile.runtime.guards import check_value
+from mhc_compile.passes.trace_patches import (
+    patched_autograd_apply,
+    patched_factories,
+    patched_isinstance,
+    protected_copy,
+    side_effects_undone,
+)
+from mhc_compile.passes.value_proxy import Method, ValueProxy, proxies_in, unwrapped
 
 CONSTANTS = (
     type(None), bool, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -90,7 +94,7 @@ def trace_block(
             source line.
     """
     tracer = _Tracer(block, opened, label or type(block).__name__)
-    with _side_effects_undone(block), torch.no_grad():
+    with side_effects_undone(block), torch.no_grad():
         call_args, call_kwargs = tracer.add_inputs(forward, args, kwargs, open_names)
         with no_nested_tensor_fastpath(), force_eager(), tracer.active():
             try:
@@ -106,104 +110,6 @@ def trace_block(
                 ) from error
     tracer.flush_index_guards()
     return TracedBlock(tracer.graph, tracer.inputs, tracer.guards, tracer.inspected)
-
-
-class ValueProxy:
-    """Stands for a node's result in the traced code and knows its value in the example.
-
-    Its own fields have names that no value's attribute has, so that `proxy.x` is always the
-    value's `x`.
-    """
-
-    def __init__(self, node: fx.Node, tracer: _Tracer, value: Any) -> None:
-        self._mhc_node = node
-        self._mhc_tracer = tracer
-        self._mhc_value = value
-
-    def __getattr__(self, name: str) -> Any:
-        return self._mhc_tracer.read_attribute(self, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Records a call of the value itself."""
-        return self._mhc_tracer.create("call_method", "__call__", (self, *args), kwargs)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Lets torch's argument parser accept proxies; `_RecordFunctions` comes first."""
-        tracer = _proxies((args, kwargs or {}))[0]._mhc_tracer
-        return tracer.create("call_function", func, args, kwargs or {})
-
-    def __bool__(self) -> bool:
-        tracer = self._mhc_tracer
-        if type(self._mhc_value) is not bool:
-            if builtins.isinstance(self._mhc_value, Tensor):
-                tracer.fail_on_data("bool()")
-            return bool(tracer.create("call_function", operator.truth, (self,), {}))
-        tracer.guard(self._mhc_node, self._mhc_value)
-        return self._mhc_value
-
-    def __index__(self) -> int:
-        return self._mhc_tracer.index_of(self)
-
-    def __int__(self) -> int:
-        return int(self._mhc_tracer.specialised(self, "int()"))
-
-    def __float__(self) -> float:
-        return float(self._mhc_tracer.specialised(self, "float()"))
-
-    def __len__(self) -> int:
-        length = self._mhc_tracer.create("call_function", len, (self,), {})
-        return int(self._mhc_tracer.specialised(length, "len()"))
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([operator.getitem(self, i) for i in range(len(self))])  # type: ignore[call-overload]
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._mhc_tracer.create("call_function", operator.contains, (self, item), {}))
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._mhc_tracer.create("call_function", operator.setitem, (self, key, value), {})
-
-    def __repr__(self) -> str:
-        return f"ValueProxy({self._mhc_node.name})"
-
-    def __format__(self, spec: str) -> str:
-        return format(self._mhc_value, spec)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-def _operator(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
-    def method(self: ValueProxy, *others: Any) -> Any:
-        args = (*others, self) if reflected else (self, *others)
-        return self._mhc_tracer.create("call_function", function, args, {})
-
-    return method
-
-
-_REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or",
-              "xor", "lshift", "rshift")  # fmt: skip
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior")
-_OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "invert", "getitem")
-for _name in (*_REFLECTED, *_IN_PLACE, *_OTHERS):
-    setattr(ValueProxy, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
-for _name in _REFLECTED:
-    setattr(ValueProxy, f"__r{_name}__", _operator(getattr(operator, f"__{_name}__"), True))
-ValueProxy.__abs__ = _operator(abs)  # type: ignore[attr-defined]
-
-
-@dataclass
-class _Method:
-    """A method of a proxied value, looked up and not yet called."""
-
-    owner: ValueProxy
-    name: str
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.owner._mhc_tracer.create("call_method", self.name, (self.owner, *args), kwargs)
 
 
 class _RecordFunctions(TorchFunctionMode):
@@ -223,7 +129,7 @@ class _RecordFunctions(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.tracer.paused:
             return func(*args, **kwargs)
-        proxies = _proxies((args, kwargs))
+        proxies = proxies_in((args, kwargs))
         self.tracer.drop_index_guards(proxies)
         if proxies:
             return self.tracer.create("call_function", _public(func), args, kwargs)
@@ -280,7 +186,7 @@ class _Tracer:
                 return {k: wrap(v) for k, v in value.items()}
             if builtins.isinstance(value, CONSTANTS):
                 return value
-            return self.proxy_for(next(nodes), _protected_copy(value, memo, self.label))
+            return self.proxy_for(next(nodes), protected_copy(value, memo, self.label))
 
         def wrap_argument(name: str, value: Any) -> Any:
             return (
@@ -304,9 +210,9 @@ class _Tracer:
         """Patches module calls, autograd functions and isinstance while the block runs."""
         with (
             patched_module_call(self.call_module),
-            _patched_isinstance(),
-            _patched_factories(self),
-            _patched_autograd_apply(self),
+            patched_isinstance(),
+            patched_factories(self),
+            patched_autograd_apply(self),
             _RecordFunctions(self),
         ):
             yield
@@ -351,13 +257,13 @@ class _Tracer:
     ) -> Any:
         """Adds a node, computes its value, and returns the wrapped value."""
         if self.paused:
-            return self._evaluate(kind, target, _unwrap(args), _unwrap(kwargs))
+            return self._evaluate(kind, target, unwrapped(args), unwrapped(kwargs))
         node = self.graph.create_node(
             kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs))
         )
         node.meta["source"] = user_source()
         with self.pause():
-            value = self._evaluate(kind, target, _unwrap(tuple(args)), _unwrap(dict(kwargs)))
+            value = self._evaluate(kind, target, unwrapped(tuple(args)), unwrapped(dict(kwargs)))
         if _is_in_place(target, kwargs):
             node.meta["in_place"] = True
             self._update_aliases(node, args)
@@ -418,7 +324,7 @@ class _Tracer:
         if self.paused:
             return value
         if callable(value) and not builtins.isinstance(value, Tensor | nn.Module):
-            return _Method(proxy, name)
+            return Method(proxy, name)
         node = self.graph.call_function(getattr, (proxy._mhc_node, name))
         node.meta["source"] = user_source()
         if is_tensor and name in _STATIC_ATTRIBUTES:
@@ -442,13 +348,13 @@ class _Tracer:
             return {k: self.create_arg(v) for k, v in a.items()}
         if type(a) is slice:
             return slice(*(self.create_arg(v) for v in (a.start, a.stop, a.step)))
-        if builtins.isinstance(a, dict) and _proxies(a):  # e.g. a model output
+        if builtins.isinstance(a, dict) and proxies_in(a):  # e.g. a model output
             node = self.graph.call_function(
                 type(a), (), {k: self.create_arg(v) for k, v in a.items()}
             )
             node.meta["source"] = user_source()
             return node
-        if _proxies(a) or not (
+        if proxies_in(a) or not (
             builtins.isinstance(a, CONSTANTS) or type(a) in (int, float, complex, range)
         ):
             raise TraceError(
@@ -517,227 +423,6 @@ class _Tracer:
             "data; move that code into a submodule that does not hold the residual add, or leave "
             "the block out with filter_fn"
         )
-
-
-def add_guards(traced: TracedBlock) -> None:
-    """Writes the guards into the graph.
-
-    Those that depend on inputs alone go first, so that another graph can be tried before anything
-    has run; the rest is checked where the value appears.
-    """
-    graph = traced.graph
-    start = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
-    copies: dict[fx.Node, fx.Node] = {}
-
-    def hoist(node: fx.Node) -> fx.Node:
-        if node.op in ("placeholder", "get_attr"):
-            return node
-        if node not in copies:
-            mapping = {n: hoist(_size_source(node, n)) for n in node.all_input_nodes}
-            with graph.inserting_before(start):
-                copies[node] = graph.node_copy(node, lambda n: mapping[n])
-            copies[node].meta["guard"] = True
-        return copies[node]
-
-    for node, value, source in traced.guards:
-        early = _depends_on_sizes_only(node)
-        target = hoist(node) if early else node
-        where = f"{source[0]}:{source[1]}" if source else "unknown source"
-        context = graph.inserting_before(start) if early else graph.inserting_after(node)
-        with context:
-            check = graph.call_function(check_value, (target, value, where, early))
-        check.meta["guard"] = early
-
-
-def _size_source(reader: fx.Node, node: fx.Node) -> fx.Node:
-    """What to read a size from: behind residual adds, the input that has the same one."""
-    if reader.target is not getattr or reader.args[1] != "shape":
-        return node
-    return _same_size(node)
-
-
-def _same_size(node: fx.Node) -> fx.Node:
-    value = node.meta.get("value")
-    if node.op != "call_function" or not isinstance(value, Tensor):
-        return node
-    if getattr(node.target, "__name__", "") not in ADDS:
-        return node
-    for term in node.all_input_nodes:
-        other = term.meta.get("value")
-        if isinstance(other, Tensor) and other.shape == value.shape:
-            source = _same_size(term)
-            if source.op == "placeholder":
-                return source
-    return node
-
-
-def _depends_on_sizes_only(node: fx.Node) -> bool:
-    if node.op in ("placeholder", "get_attr"):
-        return True
-    if node.op != "call_function" or isinstance(node.meta.get("value"), Tensor):
-        return False
-    return all(_depends_on_sizes_only(_size_source(node, n)) for n in node.all_input_nodes)
-
-
-# --- what surrounds a trace ---------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _side_effects_undone(block: nn.Module) -> Iterator[None]:
-    """Restores random state, buffers and attributes that running submodules may change."""
-    modules = list(block.modules())
-    attributes = [dict(m.__dict__) for m in modules]
-    inner = [{k: dict(v) for k, v in m.__dict__.items() if type(v) is dict} for m in modules]
-    buffers = [(b, b.detach().clone()) for b in block.buffers()]
-    devices = {b.device for b in [*block.parameters(), *block.buffers()] if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if buffer.device.type != "meta":
-                        buffer.copy_(before)
-            for module, before_dict, before_inner in zip(modules, attributes, inner, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(before_dict)
-                for key, value in before_inner.items():
-                    module.__dict__[key].clear()
-                    module.__dict__[key].update(value)
-
-
-def _protected_copy(value: Any, memo: dict[int, Any], label: str) -> Any:
-    if isinstance(value, int | float | complex | nn.Module):
-        return value
-    if isinstance(value, Tensor):
-        if id(value) not in memo:
-            memo[id(value)] = value.detach().clone()
-        return memo[id(value)]
-    try:
-        with torch.no_grad(), _tensors_copied_detached():
-            return copy.deepcopy(value, memo)
-    except Exception as error:
-        raise TraceError(
-            f"cannot copy the {type(value).__name__} that {label} gets as an argument "
-            f"({type(error).__name__}: {error}); tracing must not touch the original, so give it "
-            "a __deepcopy__"
-        ) from error
-
-
-@contextlib.contextmanager
-def _tensors_copied_detached() -> Iterator[None]:
-    """Lets deepcopy take results of autograd, such as the keys and values in a cache."""
-    original = torch.Tensor.__deepcopy__
-
-    def copied(self: Tensor, memo: dict[int, Any]) -> Tensor:
-        if id(self) not in memo:
-            memo[id(self)] = self.detach().clone()
-        return memo[id(self)]
-
-    torch.Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.Tensor.__deepcopy__ = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _patched_isinstance() -> Iterator[None]:
-    """Lets `isinstance(proxy, torch.Tensor)` and the like see the proxied value's type."""
-    original = builtins.isinstance
-
-    def isinstance_of_value(value: Any, kinds: Any) -> bool:
-        if type(value) is ValueProxy:
-            if value._mhc_value is None:
-                value._mhc_tracer.inspected = True
-            return original(value, kinds) or original(value._mhc_value, kinds)
-        return original(value, kinds)
-
-    builtins.isinstance = isinstance_of_value  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        builtins.isinstance = original
-
-
-@contextlib.contextmanager
-def _patched_factories(tracer: _Tracer) -> Iterator[None]:
-    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only."""
-    names = ("ones", "zeros", "empty", "rand", "randn")
-    originals = {name: getattr(torch, name) for name in names}
-
-    def factory(original: Callable[..., Any]) -> Callable[..., Any]:
-        def make(*args: Any, **kwargs: Any) -> Any:
-            if tracer.paused or not _proxies((args, kwargs)):
-                return original(*args, **kwargs)
-            return tracer.create("call_function", original, args, kwargs)
-
-        return make
-
-    for name, original in originals.items():
-        setattr(torch, name, factory(original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
-
-
-@contextlib.contextmanager
-def _patched_autograd_apply(tracer: _Tracer) -> Iterator[None]:
-    """Keeps a custom autograd.Function one node; tracing into it would drop its backward."""
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if tracer.paused:
-            return original.__get__(None, cls)(*args, **kwargs)
-        return tracer.create("call_function", _applied(original.__get__(None, cls)), args, kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-@functools.cache
-def _applied(bound: Any) -> Callable[..., Any]:
-    """An autograd.Function's apply as a plain function, which fx can write into code."""
-
-    def apply(*args: Any) -> Any:
-        return bound(*args)
-
-    apply.__name__ = f"{bound.__self__.__name__}_apply"
-    apply.__self__ = bound.__self__  # type: ignore[attr-defined]
-    return apply
-
-
-def _proxies(value: Any) -> list[ValueProxy]:
-    if type(value) is ValueProxy:
-        return [value]
-    if type(value) in (tuple, list) or (
-        builtins.isinstance(value, tuple) and hasattr(value, "_fields")
-    ):
-        return [p for v in value for p in _proxies(v)]
-    if builtins.isinstance(value, dict):
-        return [p for v in value.values() for p in _proxies(v)]
-    if type(value) is slice:
-        return _proxies((value.start, value.stop, value.step))
-    return []
-
-
-def _unwrap(value: Any) -> Any:
-    if type(value) is ValueProxy:
-        return value._mhc_value
-    if builtins.isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_unwrap(v) for v in value))
-    if type(value) in (tuple, list):
-        return type(value)(_unwrap(v) for v in value)
-    if type(value) is dict:
-        return {k: _unwrap(v) for k, v in value.items()}
-    if type(value) is slice:
-        return slice(*(_unwrap(v) for v in (value.start, value.stop, value.step)))
-    return value
 
 
 def _public(func: Any) -> Any:

@@ -14,6 +14,9 @@ from mhc_compile.runtime import reference
 RES_DIAGONAL = 0.98
 """Weight with which each stream keeps itself at the start: near the identity, yet not saturated."""
 
+MARK = "_mhc_streams"
+"""Attribute of tensors that hold n streams between two blocks."""
+
 
 class ConnectionState(NamedTuple):
     """What `pre` hands to `post`: `post: [..., n]` and `res: [..., n, n]`, float32."""

@@ -13,7 +13,8 @@ from torch import nn
 import mhc_compile as mc
 from mhc_compile.errors import TraceError
 from mhc_compile.passes import install_blocks
-from mhc_compile.passes.trace_block import add_guards, trace_block
+from mhc_compile.passes.add_guards import add_guards
+from mhc_compile.passes.trace_block import trace_block
 
 
 def traced(block, *args, opened=(), **kwargs):

@@ -1,0 +1,69 @@
+"""Writes what a trace depended on into its graph, as checks."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from mhc_compile.passes.flow import ADDS
+from mhc_compile.passes.trace_block import TracedBlock
+from mhc_compile.runtime.guards import check_value
+
+
+def add_guards(traced: TracedBlock) -> None:
+    """Writes the guards into the graph.
+
+    Those that depend on inputs alone go first, so that another graph can be tried before anything
+    has run; the rest is checked where the value appears.
+    """
+    graph = traced.graph
+    start = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def hoist(node: fx.Node) -> fx.Node:
+        if node.op in ("placeholder", "get_attr"):
+            return node
+        if node not in copies:
+            mapping = {n: hoist(_size_source(node, n)) for n in node.all_input_nodes}
+            with graph.inserting_before(start):
+                copies[node] = graph.node_copy(node, lambda n: mapping[n])
+            copies[node].meta["guard"] = True
+        return copies[node]
+
+    for node, value, source in traced.guards:
+        early = _depends_on_sizes_only(node)
+        target = hoist(node) if early else node
+        where = f"{source[0]}:{source[1]}" if source else "unknown source"
+        context = graph.inserting_before(start) if early else graph.inserting_after(node)
+        with context:
+            check = graph.call_function(check_value, (target, value, where, early))
+        check.meta["guard"] = early
+
+
+def _size_source(reader: fx.Node, node: fx.Node) -> fx.Node:
+    """What to read a size from: behind residual adds, the input that has the same one."""
+    if reader.target is not getattr or reader.args[1] != "shape":
+        return node
+    return _same_size(node)
+
+
+def _same_size(node: fx.Node) -> fx.Node:
+    value = node.meta.get("value")
+    if node.op != "call_function" or not isinstance(value, Tensor):
+        return node
+    if getattr(node.target, "__name__", "") not in ADDS:
+        return node
+    for term in node.all_input_nodes:
+        other = term.meta.get("value")
+        if isinstance(other, Tensor) and other.shape == value.shape:
+            source = _same_size(term)
+            if source.op == "placeholder":
+                return source
+    return node
+
+
+def _depends_on_sizes_only(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op != "call_function" or isinstance(node.meta.get("value"), Tensor):
+        return False
+    return all(_depends_on_sizes_only(_size_source(node, n)) for n in node.all_input_nodes)

@@ -1,0 +1,60 @@
+"""Modules around a whole stream: no n-stream tensor leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhc_compile._torch_compat import tensor_leaves
+from mhc_compile.passes.find_residuals import BlockPlan
+from mhc_compile.runtime.modules import MARK
+
+
+def collapse_escaped(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook of the modules around a whole stream: what leaves them has the plain shape.
+
+    Only states from between blocks can, such as `output_hidden_states` collects; their streams
+    are averaged.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if not any(hasattr(tensor, MARK) for tensor in tensor_leaves(output)):
+        return None
+    return _collapsed(output)
+
+
+def _collapsed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.mean(-2) if hasattr(value, MARK) else value
+    if type(value) in (tuple, list):
+        return type(value)(_collapsed(v) for v in value)
+    if isinstance(value, dict):
+        for key in list(value):
+            value[key] = _collapsed(value[key])
+    return value
+
+
+def hook_surroundings(model: nn.Module, plans: Iterable[BlockPlan]) -> None:
+    """Puts `collapse_escaped` on every module that holds all blocks of a stream."""
+    holders: dict[int, list[str]] = {}
+    for plan in plans:
+        for segment in plan.segments:
+            parts = plan.name.split(".")[:-1]
+            known = holders.setdefault(segment.sites[0].stream, parts)
+            same = [a == b for a, b in zip(known, parts, strict=False)]
+            shared = same.index(False) if False in same else len(same)
+            holders[segment.sites[0].stream] = known[:shared]
+    names = {".".join(parts[:k]) for parts in holders.values() for k in range(len(parts) + 1)}
+    for name in sorted(names):
+        model.get_submodule(name).register_forward_hook(collapse_escaped)
+
+
+def unhook_surroundings(model: nn.Module) -> None:
+    """Undoes `hook_surroundings`."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is collapse_escaped:
+                del module._forward_hooks[key]

@@ -1,0 +1,140 @@
+"""Proxies that know their value, on which a block's Python runs while it is traced."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+
+class ValueProxy:
+    """Stands for a node's result in the traced code and knows its value in the example.
+
+    Its own fields have names that no value's attribute has, so that `proxy.x` is always the
+    value's `x`.
+    """
+
+    def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
+        self._mhc_node = node
+        self._mhc_tracer = tracer
+        self._mhc_value = value
+
+    def __getattr__(self, name: str) -> Any:
+        return self._mhc_tracer.read_attribute(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Records a call of the value itself."""
+        return self._mhc_tracer.create("call_method", "__call__", (self, *args), kwargs)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Lets torch's argument parser accept proxies; `_RecordFunctions` comes first."""
+        tracer = proxies_in((args, kwargs or {}))[0]._mhc_tracer
+        return tracer.create("call_function", func, args, kwargs or {})
+
+    def __bool__(self) -> bool:
+        tracer = self._mhc_tracer
+        if type(self._mhc_value) is not bool:
+            if builtins.isinstance(self._mhc_value, Tensor):
+                tracer.fail_on_data("bool()")
+            return bool(tracer.create("call_function", operator.truth, (self,), {}))
+        tracer.guard(self._mhc_node, self._mhc_value)
+        return self._mhc_value
+
+    def __index__(self) -> int:
+        return self._mhc_tracer.index_of(self)
+
+    def __int__(self) -> int:
+        return int(self._mhc_tracer.specialised(self, "int()"))
+
+    def __float__(self) -> float:
+        return float(self._mhc_tracer.specialised(self, "float()"))
+
+    def __len__(self) -> int:
+        length = self._mhc_tracer.create("call_function", len, (self,), {})
+        return int(self._mhc_tracer.specialised(length, "len()"))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([operator.getitem(self, i) for i in range(len(self))])  # type: ignore[call-overload]
+
+    def __contains__(self, item: Any) -> bool:
+        return bool(self._mhc_tracer.create("call_function", operator.contains, (self, item), {}))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._mhc_tracer.create("call_function", operator.setitem, (self, key, value), {})
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self._mhc_node.name})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self._mhc_value, spec)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _operator(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
+    def method(self: ValueProxy, *others: Any) -> Any:
+        args = (*others, self) if reflected else (self, *others)
+        return self._mhc_tracer.create("call_function", function, args, {})
+
+    return method
+
+
+_REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "and", "or",
+              "xor", "lshift", "rshift")  # fmt: skip
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior")
+_OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "invert", "getitem")
+for _name in (*_REFLECTED, *_IN_PLACE, *_OTHERS):
+    setattr(ValueProxy, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
+for _name in _REFLECTED:
+    setattr(ValueProxy, f"__r{_name}__", _operator(getattr(operator, f"__{_name}__"), True))
+ValueProxy.__abs__ = _operator(abs)  # type: ignore[attr-defined]
+
+
+@dataclass
+class Method:
+    """A method of a proxied value, looked up and not yet called."""
+
+    owner: ValueProxy
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Records the call."""
+        return self.owner._mhc_tracer.create("call_method", self.name, (self.owner, *args), kwargs)
+
+
+def proxies_in(value: Any) -> list[ValueProxy]:
+    """The proxies in nested containers and slices."""
+    if type(value) is ValueProxy:
+        return [value]
+    if type(value) in (tuple, list) or (
+        builtins.isinstance(value, tuple) and hasattr(value, "_fields")
+    ):
+        return [p for v in value for p in proxies_in(v)]
+    if builtins.isinstance(value, dict):
+        return [p for v in value.values() for p in proxies_in(v)]
+    if type(value) is slice:
+        return proxies_in((value.start, value.stop, value.step))
+    return []
+
+
+def unwrapped(value: Any) -> Any:
+    """Nested containers with values in the place of proxies."""
+    if type(value) is ValueProxy:
+        return value._mhc_value
+    if builtins.isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(unwrapped(v) for v in value))
+    if type(value) in (tuple, list):
+        return type(value)(unwrapped(v) for v in value)
+    if type(value) is dict:
+        return {k: unwrapped(v) for k, v in value.items()}
+    if type(value) is slice:
+        return slice(*(unwrapped(v) for v in (value.start, value.stop, value.step)))
+    return value
