@@ -119,6 +119,7 @@ def find_residuals(model: nn.Module, example_inputs: Any = None) -> list[Residua
     """
     _require_module(model)
     refuse_transformed(model)
+    refuse_native(model)
     with unchanged_on_error(model), _evaluation(model), rehearsed(model):
         recording = record_forward(model, *resolve_inputs(model, example_inputs))
         return list(plan_rewrite(recording).sites)

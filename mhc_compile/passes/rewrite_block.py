@@ -271,11 +271,16 @@ def check_streams(work: BlockGraph) -> None:
     for value in work.streams & nodes:
         for user in value.users:
             reads = user.op == "call_module" and str(user.target).startswith("mhc.")
-            legal = user in work.streams or user.op == "output" or reads
+            legal = user in work.streams or user.op == "output" or reads or _reads_kind(user)
             if not legal and not user.meta.get("guard"):
                 raise work.refuse(user, "it reads the residual stream outside a sublayer")
             if user.op == "output" and (work.segment.collapse or value is not _final(work)):
                 raise work.refuse(user, "the block returns a stream from between its sublayers")
+
+
+def _reads_kind(node: fx.Node) -> bool:
+    """Whether a node asks for what n streams and one have in common."""
+    return node.target is getattr and node.args[1] in ("dtype", "device", "layout", "is_cuda")
 
 
 def check_graph(works: list[BlockGraph]) -> None:

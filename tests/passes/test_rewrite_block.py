@@ -485,3 +485,26 @@ def test_padding_masks_reach_the_sublayers():
     mask[0, 4:] = True
     got = model(src, src_key_padding_mask=mask)[0, :4]
     assert (got - model(src[:1, :4])[0]).abs().max() <= 1e-5
+
+
+class ReadsDtype(Parts):
+    """Looks at the stream's dtype behind the last add, as BART's and Whisper's blocks do."""
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        if x.dtype == torch.float16:
+            x = torch.clamp(x, -6e4, 6e4)
+        return x
+
+    def sublayers(self):
+        return pre_norm(self)
+
+
+@torch.no_grad()
+def test_a_block_may_read_the_streams_dtype():
+    original = NanoGPT(block=ReadsDtype).eval()
+    model = mc.transform(copy.deepcopy(original), streams=3)
+    assert [s.name for s in mc.api.sites_of(model)][-1] == "h.1.mlp"
+    difference = (model(tokens(3, 6)) - original(tokens(3, 6))).abs().max()
+    assert difference <= 1e-6 * largest(original(tokens(3, 6)))
