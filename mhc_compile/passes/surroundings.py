@@ -12,6 +12,8 @@ from mhc_compile._torch_compat import tensor_leaves
 from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.runtime.modules import MARK
 
+_PACKED = "_mhc_used_nested_tensor"
+
 
 def collapse_escaped(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of the modules around a whole stream: what leaves them has the plain shape.
@@ -49,12 +51,19 @@ def hook_surroundings(model: nn.Module, plans: Iterable[BlockPlan]) -> None:
             holders[segment.sites[0].stream] = known[:shared]
     names = {".".join(parts[:k]) for parts in holders.values() for k in range(len(parts) + 1)}
     for name in sorted(names):
-        model.get_submodule(name).register_forward_hook(collapse_escaped)
+        module = model.get_submodule(name)
+        module.register_forward_hook(collapse_escaped)
+        if getattr(module, "use_nested_tensor", False):
+            # nn.TransformerEncoder packs padded batches into nested tensors for its fused layers.
+            module.__dict__["use_nested_tensor"] = False
+            module.__dict__[_PACKED] = True
 
 
 def unhook_surroundings(model: nn.Module) -> None:
     """Undoes `hook_surroundings`."""
     for module in model.modules():
+        if module.__dict__.pop(_PACKED, False):
+            module.__dict__["use_nested_tensor"] = True
         for key, hook in list(module._forward_hooks.items()):
             if hook is collapse_escaped:
                 del module._forward_hooks[key]

@@ -190,6 +190,21 @@ def test_hidden_states_have_the_models_width():
 
 
 @torch.no_grad()
+def test_padding_mask_of_torchs_encoder():
+    """Without gradients the plain encoder packs the batch into a nested tensor."""
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    original = torch.nn.TransformerEncoder(layer, 2).eval()
+    model = copy.deepcopy(original)
+    x, mask = torch.randn(2, 6, 16), torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 4:] = True
+    mc.transform(model, example_inputs=(x,))
+    got, wanted = (m(x, src_key_padding_mask=mask)[~mask] for m in (model, original))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
+    assert mc.revert(model).use_nested_tensor
+    assert vars(model).keys() == vars(original).keys()
+
+
+@torch.no_grad()
 def test_users_hooks_go_on_working():
     _, model = transformed("nanogpt", seed=19)
     seen = []
