@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test properties lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -12,6 +12,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# DRAWS random transformers (`make test` draws 200); MHC_TEST_SEED=7 draws anew.
+properties: DRAWS ?= 2000
+properties: $(STAMP)
+	MHC_PROPERTY_DRAWS=$(DRAWS) $(BIN)/python -m pytest -n 2 --dist worksteal tests/properties
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
