@@ -355,7 +355,7 @@ class Core(nn.Module):
         return self.drop(f)
 
 
-# --- the residual adds ------------------------------------------------------------------------------
+# --- the residual adds ----------------------------------------------------------------------------
 
 
 def combine(x, f, step):
@@ -503,7 +503,7 @@ def takes_normed(step):
     return step.site.place in ("block", "add_norm") and step.site.norm in ("pre", "sandwich")
 
 
-# --- blocks: how the state travels ------------------------------------------------------------------
+# --- blocks: how the state travels ----------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -642,7 +642,7 @@ def unpack(carry, state):
     return state["x" if carry == "dict" else -1 if carry == "behind" else 0]
 
 
-# --- stacks -------------------------------------------------------------------------------------------
+# --- stacks ---------------------------------------------------------------------------------------
 
 
 def observe(module, args, output):
@@ -754,7 +754,7 @@ def call(stack, block, *args, **kwargs):
     return checkpoint(block, *args, use_reentrant=stack.checkpoint == "reentrant", **kwargs)
 
 
-# --- models -------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 class CubicHead(nn.Module):
@@ -898,7 +898,7 @@ def make_inputs(spec, batch=None, length=None, seed=1):
     return (one(length), one(length + 1)) if spec.topology == "encdec" else (one(length),)
 
 
-# --- drawing --------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 NORMS = ("pre", "post", "sandwich", "none", "branch")
 NORM_KINDS = ("layer", "own", "rms")
@@ -1070,28 +1070,30 @@ def _valid_site(site, stack, total, keep):
 def shorter(spec):
     """Specs that are a little plainer than this one, for shrinking."""
     for k, stack in enumerate(spec.stacks):
-
-        def put(s, k=k):
-            return valid(replace(spec, stacks=(*spec.stacks[:k], s, *spec.stacks[k + 1 :])))
-
-        if len(stack.blocks) > 1 and spec.topology != "interleaved":
-            yield from (put(replace(stack, blocks=stack.blocks[:j] + stack.blocks[j + 1 :]))
-                        for j in range(len(stack.blocks)))  # fmt: skip
-        for j, block in enumerate(stack.blocks):
-
-            def put_block(b, j=j):
-                return put(replace(stack, blocks=(*stack.blocks[:j], b, *stack.blocks[j + 1 :])))
-
-            if len(block) > 1:
-                yield from (put_block(block[:i] + block[i + 1 :]) for i in range(len(block)))
-            for i, site in enumerate(block):
-                for plainer in _plainer(site):
-                    yield put_block((*block[:i], plainer, *block[i + 1 :]))
-        yield from (put(s) for s in _plainer(stack, skip=("blocks",)))
+        for plainer in _shorter_stack(stack, spec.topology != "interleaved"):
+            yield valid(replace(spec, stacks=_put(spec.stacks, k, plainer)))
     if len(spec.stacks) > 1:
         for stack in spec.stacks:
             yield valid(replace(spec, stacks=(stack,), topology="single"))
     yield from (valid(s) for s in _plainer(spec, skip=("stacks", "topology")))
+
+
+def _shorter_stack(stack, fewer_blocks):
+    blocks = stack.blocks
+    if fewer_blocks and len(blocks) > 1:
+        yield from (replace(stack, blocks=_put(blocks, j)) for j in range(len(blocks)))
+    for j, block in enumerate(blocks):
+        if len(block) > 1:
+            for i in range(len(block)):
+                yield replace(stack, blocks=_put(blocks, j, _put(block, i)))
+        for i, site in enumerate(block):
+            for plainer in _plainer(site):
+                yield replace(stack, blocks=_put(blocks, j, _put(block, i, plainer)))
+    yield from _plainer(stack, skip=("blocks",))
+
+
+def _put(items, k, *new):
+    return (*items[:k], *new, *items[k + 1 :])
 
 
 def shrink(spec, fails):
