@@ -211,10 +211,12 @@ def _connections(model: nn.Module) -> list[tuple[ResidualSite, HyperConnection]]
         plan = rewrite.plan
         for position, (number, k) in enumerate(plan.order):
             segment = plan.segments[number]
-            if segment.post_norm:
+            if segment.norms:
+                where = ", ".join(sorted(kind.__name__ for kind in segment.norms))
                 raise CheckpointError(
-                    f"the stream of {type(model).__name__} passes a norm behind each residual add, "
-                    f"as at {segment.sites[k].source}; DeepSeek-V4 has norms inside sublayers alone"
+                    f"the stream of {type(model).__name__} passes an operation between sublayers, "
+                    f"such as a norm or a factor on the skip (in {where}); DeepSeek-V4 has "
+                    "operations inside sublayers alone"
                 )
             connection = block.get_submodule(f"{ATTRIBUTE}.{position}")
             assert isinstance(connection, HyperConnection)

@@ -439,8 +439,15 @@ class Block(nn.Module):
         return x
 
 
-def blocks(*names, count=2):
-    model = nn.Sequential(*[Block(*names) for _ in range(count)])
+class Scaled(Block):
+    def forward(self, x):
+        for name in self.names:
+            x = 0.9 * x + torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+def blocks(*names, count=2, kind=Block):
+    model = nn.Sequential(*[kind(*names) for _ in range(count)])
     return mc.transform(model, example_inputs=(normal(2, 3, C),), streams=2, **V4)
 
 
@@ -469,7 +476,9 @@ def test_layers_name_what_the_names_do_not_tell():
 def test_models_with_other_streams():
     encoder_decoder = mc.transform(t5(), streams=2, **V4)
     assert "2 residual streams" in refused(encoder_decoder)
-    assert "a norm behind each residual add" in refused(mc.transform(bert(), streams=2, **V4))
+    post_norm = mc.transform(bert(), streams=2, **V4)
+    assert "an operation between sublayers" in refused(post_norm)
+    assert "in Scaled" in refused(blocks("attn", "mlp", kind=Scaled))
     split = mc.transform(llama(), streams=2, filter_fn=lambda s: s.name != "model.layers.0.mlp",
                          **V4)  # fmt: skip
     assert "split in two" in refused(split)
