@@ -20,6 +20,7 @@ import mhc_compile as mc
 from mhc_compile.errors import CheckpointError, ConfigError, NotTransformedError
 from mhc_compile.runtime.modules import StreamCollapse
 
+PAGE = Path(__file__).parent.parent / "docs/deepseek_v4.md"
 C, VOCABULARY, LAYERS = 32, 61, 3
 V4 = {"convention": "deepseek_v4", "collapse": "head"}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -284,6 +285,27 @@ def test_the_round_trip_is_bitwise(n, format):
 
 
 @torch.no_grad()
+def test_a_whole_checkpoint_is_cut_as_the_page_says():
+    theirs = v4_model(seed=5)
+    twin, ids = twin_of(theirs), tokens()
+    text = PAGE.read_text()
+    cuts = re.findall(r"`(\{k: v for k, v in tensors.items\(\).*?\})`", text)
+    assert len(cuts) == 2
+    whole = theirs.state_dict()
+    mc.import_checkpoint(twin, eval(cuts[0], {"tensors": whole}))
+    expected = theirs(ids).logits
+    torch.testing.assert_close(twin(ids), expected, **CLOSE)
+    released = mc.export_checkpoint(twin, "deepseek_v4_release")
+    for _, p in mc.mhc_parameters(twin):
+        p.zero_()
+    others = {f"mtp.0.{k}": v for k, v in released.items()}
+    others |= {"embed.weight": torch.ones(1), "layers.0.attn.wkv.weight": torch.ones(1)}
+    cut = eval(cuts[1], {"tensors": {**others, **released}})
+    mc.import_checkpoint(twin, cut, "deepseek_v4_release")
+    torch.testing.assert_close(twin(ids), expected, **CLOSE)
+
+
+@torch.no_grad()
 def test_values_take_the_dtype_of_the_parameters():
     model = small().to(torch.bfloat16)
     tensors = mc.export_checkpoint(model)
@@ -509,9 +531,7 @@ def test_another_format_is_named(format):
 
 
 def test_the_page_runs_as_printed(tmp_path):
-    root = Path(__file__).parent.parent
-    text = (root / "docs/deepseek_v4.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from oracle import Loop
 from timm.layers import GatedMlp
 from timm.models.focalnet import FocalNet
 from timm.models.metaformer import (
@@ -41,6 +42,7 @@ class Timm:
         refused: (regular expression of the reason, number of adds) where the answer is no.
         size: of the square image.
         id: of the test, if not the name.
+        widths: of streams that timm's `feature_info` does not list.
         make: the class, where timm's function of that name fixes what would make it small.
     """
 
@@ -51,6 +53,7 @@ class Timm:
     refused: tuple[str, int] | None = None
     size: int = 32
     id: str = ""
+    widths: tuple[int, ...] = ()
     make: Callable[..., nn.Module] | None = None
 
 
@@ -107,7 +110,8 @@ MODELS = [
     Timm("levit_128s", {"img_size": 64, "depth": (1, 1, 1)}, 8,
          "2 a block; and x + mlp(x) in each of 2 downsamplings", size=64),
     Timm("tnt_s_legacy_patch16_224", {"img_size": 32, "depth": 2}, 8,
-         "2 on pixels, 2 on patches a block; patches[:, 1:] + F(pixels) does not read patches"),
+         "2 on pixels, 2 on patches a block; patches[:, 1:] + F(pixels) does not read patches",
+         widths=(24,)),
     Timm("convnext_atto", {"depths": (1, 1, 1, 1)}, 0, "1 a block on [B, C, H, W]", (AXIS, 4),
          size=64),
     Timm("poolformer_s12", {"depths": (1, 1), "dims": (24, 32), "downsample_norm": None,
@@ -187,12 +191,16 @@ def images(entry: Timm, batch: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("entry", entries(OPEN_SITES))
 def test_sites(entry: Timm) -> None:
-    sites = mc.find_residuals(build(entry), (images(entry, 2),))
+    model = build(entry)
+    sites = mc.find_residuals(model, (images(entry, 2),))
     no = [s for s in sites if not s.accepted]
     listing = "\n".join(f"{s.name} {s.source} {s.stream} {s.reason}" for s in sites)
     pattern, count = entry.refused or ("", 0)
     assert (len(sites) - len(no), len(no)) == (entry.accepted, count), f"{entry.why}\n{listing}"
     assert all(re.search(pattern, s.reason) for s in no), listing
+    # Sizes are chosen such that in most entries no axis of tokens has the length of a width.
+    widths = {info["num_chs"] for info in model.feature_info} | set(entry.widths)
+    assert {s.channels for s in sites if s.accepted} <= widths, listing
 
 
 @pytest.mark.parametrize("entry", entries(OPEN_FUNCTION))
@@ -237,3 +245,24 @@ def test_function_and_gradients(entry: Timm) -> None:
         assert model(x).isfinite().all()
     mc.revert(model)
     assert not mc.is_transformed(model)
+
+
+@torch.no_grad()
+def test_vit_equals_a_loop() -> None:
+    """Perturbed connections around LayerScale branches, against a loop of its own code."""
+    entry = next(e for e in MODELS if e.id == "vit_layerscale_droppath")
+    model, x = build(entry), images(entry, 2)
+    plain = copy.deepcopy(model)
+    mc.transform(model, streams=STREAMS, example_inputs=(x,))
+    for _, p in mc.mhc_parameters(model):
+        p.add_(torch.randn_like(p) * 0.3)
+    sublayers = []
+    for k, block in enumerate(plain.blocks):
+        sublayers += [
+            (f"blocks.{k}.mhc.0", lambda h, b=block: b.ls1(b.attn(b.norm1(h))), None),
+            (f"blocks.{k}.mhc.1", lambda h, b=block: b.ls2(b.mlp(b.norm2(h))), None),
+        ]
+    tokens = plain.norm_pre(plain._pos_embed(plain.patch_embed(x)))
+    expected = plain.forward_head(plain.norm(Loop(model, STREAMS)(tokens, sublayers)))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - plain(x)).abs().max() > 1e-2
