@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -144,29 +145,17 @@ def name_of(entry: Timm) -> str:
 
 
 # What is known to be wrong or refused today; an entry that no longer fails must go.
-OPEN_SITES = {
-    "cait_xxs24_224": "the add on an expanded parameter is not seen",
-    "davit_tiny": "the axis is lost at a view",
-}
-OPEN_FUNCTION = {
-    **OPEN_SITES,
-    "samvit_base_patch16": "token axes are reshaped between two adds",
-    "swin_tiny_patch4_window7_224": "token axes are reshaped between two adds",
-    "swinv2_tiny_window8_256": "token axes are reshaped between two adds",
+OPEN = {
     "xcit_tiny_12_p16_224": "a class token joins in the middle of the stream",
     "convit_tiny": "a class token joins in the middle of the stream",
     "caformer_s18": "the factor on the skip is in a module of its own",
 }
 
 
-def entries(open_today: dict[str, str]) -> list:
-    return [
-        pytest.param(entry, id=name_of(entry), marks=[
-            pytest.mark.xfail(strict=True, raises=(AssertionError, mc.MHCError),
-                              reason=open_today[entry.name])
-        ] if entry.name in open_today else [])
-        for entry in MODELS
-    ]  # fmt: skip
+def marked(entry: Timm) -> Any:
+    wrong = OPEN.get(entry.name)
+    mark = pytest.mark.xfail(strict=True, raises=mc.MHCError, reason=str(wrong))
+    return pytest.param(entry, id=name_of(entry), marks=[mark] if wrong else [])
 
 
 def build(entry: Timm) -> nn.Module:
@@ -189,7 +178,7 @@ def images(entry: Timm, batch: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, entry.size, entry.size, generator=g)
 
 
-@pytest.mark.parametrize("entry", entries(OPEN_SITES))
+@pytest.mark.parametrize("entry", MODELS, ids=name_of)
 def test_sites(entry: Timm) -> None:
     model = build(entry)
     sites = mc.find_residuals(model, (images(entry, 2),))
@@ -203,7 +192,7 @@ def test_sites(entry: Timm) -> None:
     assert {s.channels for s in sites if s.accepted} <= widths, listing
 
 
-@pytest.mark.parametrize("entry", entries(OPEN_FUNCTION))
+@pytest.mark.parametrize("entry", map(marked, MODELS))
 def test_function_and_gradients(entry: Timm) -> None:
     model, x, more = build(entry), images(entry, 2), images(entry, 3, seed=1)
     with torch.no_grad():
