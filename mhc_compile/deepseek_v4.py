@@ -9,19 +9,20 @@ order of our columns: pre, post, res. Their res map `comb[in, out]` acts as `com
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.config import MHCConfig
-from mhc_compile.conventions import CONVENTIONS
-from mhc_compile.errors import CheckpointError, ConfigError, NotTransformedError
-from mhc_compile.passes.find_residuals import ResidualSite
-from mhc_compile.passes.install_blocks import ATTRIBUTE, rewritten_blocks
-from mhc_compile.runtime.modules import HyperConnection, StreamCollapse
+from mhc_compile.errors import CheckpointError, ConfigError
+from mhc_compile.passes.check_deepseek_v4 import (
+    check_layers,
+    listed,
+    v4_config,
+    v4_connections,
+    v4_head,
+)
 
 FORMATS: Mapping[str, tuple[str, str]] = {
     "deepseek_v4": ("model.layers.{layer}.{kind}_hc.{part}", "model.hc_head.hc_{part}"),
@@ -32,12 +33,6 @@ the weight files as DeepSeek released them, which transformers renames when it l
 
 KINDS = ("attn", "ffn")
 PARTS = {"fn": "phi", "base": "bias", "scale": "alpha"}
-_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
-# Axes that V4's code fixes; the iterations and the two eps are numbers in its config.
-_FIXED_AXES = (
-    "res_transposed", "sinkhorn_order", "sinkhorn_start", "sinkhorn_start_is_step",
-    "sinkhorn_eps_mode", "norm_eps_place", "post_multiplier",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ def deepseek_v4_config(model: nn.Module) -> dict[str, int | float]:
         NotTransformedError: the model was not transformed.
         CheckpointError: DeepSeek-V4 has no counterpart for this model's config, and why.
     """
-    config = _config(model)
+    config = v4_config(model)
     return {
         "hc_mult": config.streams,
         "hc_sinkhorn_iters": config.sinkhorn_iters,
@@ -149,16 +144,16 @@ def _entries(
         hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(map(repr, FORMATS))
         raise ConfigError(f"format must be one of {known}, got {format!r}{hint}")
-    _config(model)
-    connections = _connections(model)
-    _check_layers(model, [site for site, _ in connections], layers)
+    v4_config(model)
+    connections = v4_connections(model)
+    check_layers(model, [site for site, _ in connections], layers)
     of_layer, of_head = FORMATS[format]
     entries: dict[str, _Entry] = {}
     for k, (_, module) in enumerate(connections):
         for part, ours in PARTS.items():
             name = of_layer.format(layer=k // 2, kind=KINDS[k % 2], part=part)
             entries[name] = _Entry(getattr(module, ours), ours == "phi")
-    head = _head(model)
+    head = v4_head(model)
     for part, ours in PARTS.items():
         entries[of_head.format(part=part)] = _Entry(getattr(head, ours), ours == "phi")
     empty = [name for name, e in entries.items() if e.parameter.device.type == "meta"]
@@ -170,126 +165,13 @@ def _entries(
     return entries
 
 
-def _config(model: nn.Module) -> MHCConfig:
-    """The model's config, if it is one that DeepSeek-V4 can express."""
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    blocks = rewritten_blocks(model)
-    if not blocks:
-        raise NotTransformedError(
-            f"{type(model).__name__} has no mHC blocks; call mhc_compile.transform(model, "
-            "convention='deepseek_v4', collapse='head') first"
-        )
-    config = next(iter(blocks.values()))[1].config
-    wanted = CONVENTIONS["deepseek_v4"]
-    wrong = [
-        f"connection={config.connection!r}, not 'mhc'" if config.connection != "mhc" else "",
-        "streams=1, which is the plain residual" if config.streams == 1 else "",
-        f"collapse={config.collapse!r}, not 'head'" if config.collapse != "head" else "",
-        *(
-            f"{axis}={getattr(config, axis)!r}, not {getattr(wanted, axis)!r}"
-            for axis in _FIXED_AXES
-            if getattr(config, axis) != getattr(wanted, axis)
-        ),
-        f"pre_eps={config.pre_eps:g} beside sinkhorn_eps={config.sinkhorn_eps:g}, which are one "
-        "number there" if config.pre_eps != config.sinkhorn_eps else "",
-    ]  # fmt: skip
-    if any(wrong):
-        raise CheckpointError(
-            f"DeepSeek-V4 has no counterpart for this {type(model).__name__} (convention "
-            f"{config.convention!r}): {'; '.join(filter(None, wrong))}. Transform it with "
-            "convention='deepseek_v4', collapse='head', streams of 2 or more"
-        )
-    return config
-
-
-def _connections(model: nn.Module) -> list[tuple[ResidualSite, HyperConnection]]:
-    """Each site with its connection, in the order of the stream."""
-    found: list[tuple[int, ResidualSite, HyperConnection]] = []
-    starts = 0
-    for block, rewrite in rewritten_blocks(model).values():
-        plan = rewrite.plan
-        for position, (number, k) in enumerate(plan.order):
-            segment = plan.segments[number]
-            if segment.norms:
-                where = ", ".join(sorted(kind.__name__ for kind in segment.norms))
-                raise CheckpointError(
-                    f"the stream of {type(model).__name__} passes an operation between sublayers, "
-                    f"such as a norm or a factor on the skip (in {where}); DeepSeek-V4 has "
-                    "operations inside sublayers alone"
-                )
-            connection = block.get_submodule(f"{ATTRIBUTE}.{position}")
-            assert isinstance(connection, HyperConnection)
-            found.append((segment.first_index + k, segment.sites[k], connection))
-        starts += sum(segment.expand for segment in plan.segments)
-    streams = {site.stream for _, site, _ in found}
-    if len(streams) > 1 or starts > 1:
-        what = f"{len(streams)} residual streams" if len(streams) > 1 else "its stream split in two"
-        raise CheckpointError(
-            f"{type(model).__name__} has {what}; DeepSeek-V4 has one that runs from the first "
-            "layer to the last, so transform one such model, without filter_fn"
-        )
-    found.sort(key=lambda item: item[0])
-    return [(site, connection) for _, site, connection in found]
-
-
-def _head(model: nn.Module) -> StreamCollapse:
-    heads = [
-        module
-        for block, _ in rewritten_blocks(model).values()
-        for module in block.get_submodule(ATTRIBUTE).children()
-        if isinstance(module, StreamCollapse)
-    ]
-    assert len(heads) == 1, "one stream ends once"
-    return heads[0]
-
-
-def _check_layers(
-    model: nn.Module, sites: list[ResidualSite], layers: Sequence[tuple[str, str]] | None
-) -> None:
-    """Refuses sites that are not attention and MLP in turn."""
-    names = [site.name for site in sites]
-    if layers is not None:
-        given = [name for pair in layers for name in pair]
-        if given != names or any(len(pair) != 2 for pair in layers):
-            raise CheckpointError(
-                "layers must be pairs of the attention's and the MLP's site in execution order; "
-                f"the sites of {type(model).__name__} are {_listed(names)}, got {_listed(given)}"
-            )
-        return
-    remedy = (
-        "; if they are, name them: layers=[(attention site, MLP site), ...] with the names of "
-        "find_residuals"
-    )
-    if len(sites) % 2:
-        raise CheckpointError(
-            f"the {len(sites)} residual sites of {type(model).__name__} are not attention and MLP "
-            f"in turn, as DeepSeek-V4's are: {_listed(names)}"
-        )
-    for attention, mlp in zip(names[::2], names[1::2], strict=True):
-        first, second = _own_parts(attention, mlp)
-        if not _ATTENTION.search(first) or _ATTENTION.search(second):
-            raise CheckpointError(
-                f"the residual sites {attention!r} and {mlp!r} of {type(model).__name__} do not "
-                f"look like attention and MLP in turn, as DeepSeek-V4's are{remedy}"
-            )
-
-
-def _own_parts(a: str, b: str) -> tuple[str, str]:
-    """What two dotted names have of their own behind their common beginning."""
-    left, right = a.split("."), b.split(".")
-    same = next((k for k, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]),
-                min(len(left), len(right)))  # fmt: skip
-    return ".".join(left[same:]), ".".join(right[same:])
-
-
 def _check_tensors(
     model: nn.Module, entries: dict[str, _Entry], tensors: Mapping[str, Tensor]
 ) -> None:
     """States everything that does not fit, before anything is written."""
     faults = list(_faults(entries, tensors))
     if faults:
-        n, rows = _config(model).streams, next(iter(entries.values())).parameter.shape[0]
+        n, rows = v4_config(model).streams, next(iter(entries.values())).parameter.shape[0]
         raise CheckpointError(
             f"the tensors do not fit the connections of this {type(model).__name__} with {n} "
             f"streams of {rows // n} channels: {'; '.join(faults)}"
@@ -300,10 +182,10 @@ def _faults(entries: dict[str, _Entry], tensors: Mapping[str, Tensor]) -> Iterat
     missing = [name for name in entries if name not in tensors]
     unknown = [name for name in tensors if name not in entries]
     if missing:
-        yield f"missing: {_listed(missing)}"
+        yield f"missing: {listed(missing)}"
     if unknown:
         yield (
-            f"unknown: {_listed(unknown)} (the model has {(len(entries) - 3) // 6} layers; of a "
+            f"unknown: {listed(unknown)} (the model has {(len(entries) - 3) // 6} layers; of a "
             "whole checkpoint pass these layers' hyper-connections alone)"
         )
     for name, entry in entries.items():
@@ -321,7 +203,3 @@ def _faults(entries: dict[str, _Entry], tensors: Mapping[str, Tensor]) -> Iterat
             return  # a wrong n or C shows in every tensor
         elif value.device.type == "meta":
             yield f"{name} is on the meta device and has no values"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")

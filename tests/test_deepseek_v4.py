@@ -501,9 +501,21 @@ def test_models_with_other_streams():
     post_norm = mc.transform(bert(), streams=2, **V4)
     assert "an operation between sublayers" in refused(post_norm)
     assert "in Scaled" in refused(blocks("attn", "mlp", kind=Scaled))
-    split = mc.transform(llama(), streams=2, filter_fn=lambda s: s.name != "model.layers.0.mlp",
-                         **V4)  # fmt: skip
-    assert "split in two" in refused(split)
+
+
+@pytest.mark.parametrize(
+    ("left", "why"),
+    [
+        ("model.layers.0.mlp", "split in two"),
+        ("model.layers.0", "2 plain residual adds before the first"),
+        ("model.layers.1", "stayed plain, such as 'model.layers.1'"),
+        ("model.layers.1.mlp", "3 residual sites"),
+    ],
+)
+def test_layers_left_out(left, why):
+    model = mc.transform(llama(), streams=2, **V4,
+                         filter_fn=lambda s: not s.name.startswith(left))  # fmt: skip
+    assert why in refused(model)
 
 
 def test_models_without_values_or_connections():
