@@ -284,7 +284,7 @@ def test_strict_refuses_what_strict_false_leaves():
         ({"stream": 4}, ["'stream'", "did you mean 'streams'?"]),
         ({"connection": "mhcc"}, ["connection", "'mhc', 'hc'", "did you mean 'mhc'?"]),
         ({"init": "zero"}, ["init", "'preserve', 'paper'"]),
-        ({"collapse": "max"}, ["collapse", "'learned', 'mean', 'sum'"]),
+        ({"collapse": "max"}, ["collapse", "'learned', 'mean', 'sum', 'head'"]),
         ({"convention": "deepseek"}, ["convention", "did you mean 'deepseek_v4'?"]),
         ({"sinkhorn_iters": 0}, ["sinkhorn_iters", "at least 1"]),
         ({"convention": "tilekernels"}, ["init='preserve'", "post_multiplier", "init='paper'"]),
