@@ -10,7 +10,7 @@ import pytest
 import torch
 from entry import Entry
 from models import normal, perturb
-from oracle import reference_result
+from lockstep import reference_result
 from torch import nn
 
 import mhc_compile as mc
@@ -180,7 +180,7 @@ def check_training(case: Case) -> None:
 
 @torch.no_grad()
 def check_reference(case: Case) -> None:
-    """With perturbed connections: equal to the plain model run on n streams, see oracle.py."""
+    """With perturbed connections: equal to the plain model run on n streams, see lockstep.py."""
     model = case.perturb()
     inputs = case.entry.inputs(2, 7, 5)
     got = case.run(model, inputs)
