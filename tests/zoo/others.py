@@ -6,8 +6,10 @@ Every number was read off the model's source before any tool of this project ran
 from functools import partial
 
 import own_models as own
+import torch
+import transformers as hf
 from entry import Entry
-from models import WIDTH, Block, normal, tokens, torch_encoder
+from models import SPREAD, VOCABULARY, WIDTH, Block, normal, tokens, torch_encoder
 
 
 def first(out):
@@ -199,4 +201,224 @@ OWN = (
     ),
 )  # fmt: skip
 
-ENTRIES: tuple[Entry, ...] = (*OWN,)
+# Names of sizes in most configs; every model has two layers unless its entry says otherwise.
+SIZES = {
+    "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "initializer_range": SPREAD,
+}  # fmt: skip
+IMAGE = {**SIZES, "image_size": 16, "patch_size": 4, "num_channels": 3}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TEXT = {**SIZES, "vocab_size": VOCABULARY + 3, "max_position_embeddings": 64}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+IMAGE_TOKEN = VOCABULARY
+TWO_LAYERS = "2 layers, attention and MLP"
+BOTH = "2 layers of vision and of text, attention and MLP"
+
+
+def hugging_face(name, config, **kwargs):
+    """`hf.<name>` from `hf.<config>(**kwargs)`."""
+    return lambda: getattr(hf, name)(getattr(hf, config)(**kwargs))
+
+
+vision = partial(entry, family="vision", result=first)
+
+VISION = (
+    vision("ViT", hugging_face("ViTModel", "ViTConfig", **IMAGE), images(16), (4,), TWO_LAYERS),
+    vision("DeiT", hugging_face("DeiTModel", "DeiTConfig", **IMAGE), images(16), (4,), TWO_LAYERS),
+    vision(
+        "BEiT",
+        hugging_face(
+            "BeitModel", "BeitConfig", **IMAGE, layer_scale_init_value=0.3,
+            use_relative_position_bias=True,
+        ),
+        images(16), (4,), TWO_LAYERS + ", each scaled by a parameter",
+    ),
+    vision(
+        "DINOv2", hugging_face("Dinov2Model", "Dinov2Config", **IMAGE, layerscale_value=0.3),
+        images(16), (4,), TWO_LAYERS + ", each scaled by a parameter",
+    ),
+    vision(
+        "DINOv3 ViT",
+        hugging_face(
+            "DINOv3ViTModel", "DINOv3ViTConfig", **IMAGE, layerscale_value=0.3,
+            num_register_tokens=2, drop_path_rate=0.1,
+        ),
+        images(16), (4,), TWO_LAYERS + ", each scaled by a parameter",
+    ),
+    vision("I-JEPA", hugging_face("IJepaModel", "IJepaConfig", **IMAGE), images(16), (4,),
+           TWO_LAYERS),
+    vision(
+        "Swin",
+        hugging_face(
+            "SwinModel", "SwinConfig", image_size=32, patch_size=2, embed_dim=WIDTH,
+            depths=[2, 2], num_heads=[2, 4], window_size=4, initializer_range=SPREAD,
+        ),
+        images(32), (4, 4),
+        "2 stages of 2 layers; between them patches are merged by a linear",
+    ),
+    vision(
+        "SwinV2",
+        hugging_face(
+            "Swinv2Model", "Swinv2Config", image_size=32, patch_size=2, embed_dim=WIDTH,
+            depths=[2, 2], num_heads=[2, 4], window_size=4, initializer_range=SPREAD,
+        ),
+        images(32), (4, 4),
+        "2 stages of 2 layers, norms at the end of the branches",
+    ),
+    vision(
+        "ViTMAE",
+        hugging_face(
+            "ViTMAEForPreTraining", "ViTMAEConfig", **IMAGE, decoder_hidden_size=WIDTH,
+            decoder_intermediate_size=64, decoder_num_hidden_layers=2,
+            decoder_num_attention_heads=4, mask_ratio=0.5,
+        ),
+        lambda batch=2, length=8, seed=0: {
+            "pixel_values": normal(batch, 3, 16, 16, seed=seed),
+            "noise": normal(batch, 16, seed=seed + 1000),
+        },
+        (4, 4), "encoder and decoder of 2 layers; a linear between them",
+        result=lambda out: out.logits,
+    ),
+    vision(
+        "Hiera",
+        hugging_face(
+            "HieraModel", "HieraConfig", image_size=[32, 32], patch_size=[7, 7],
+            patch_stride=[4, 4], patch_padding=[3, 3], embed_dim=WIDTH, depths=[2, 2],
+            num_heads=[2, 4], query_stride=[2, 2], num_query_pool=1, masked_unit_size=[4, 4],
+            masked_unit_attention=[True, False], initializer_range=SPREAD,
+        ),
+        images(32), (4, 3),
+        "2 stages of 2 layers; the first attention of stage 2 has a projected shortcut",
+    ),
+    vision(
+        "PVTv2",
+        hugging_face(
+            "PvtV2Model", "PvtV2Config", image_size=32, num_encoder_blocks=2, depths=[2, 2],
+            sr_ratios=[2, 1], hidden_sizes=[16, WIDTH], patch_sizes=[7, 3], strides=[4, 2],
+            num_attention_heads=[2, 4], mlp_ratios=[2, 2], initializer_range=SPREAD,
+        ),
+        images(32), (4, 4), "2 stages of 2 layers; a convolution embeds patches in between",
+    ),
+    vision(
+        "SegFormer",
+        hugging_face(
+            "SegformerModel", "SegformerConfig", num_encoder_blocks=2, depths=[2, 2],
+            sr_ratios=[2, 1], hidden_sizes=[16, WIDTH], patch_sizes=[7, 3], strides=[4, 2],
+            num_attention_heads=[2, 4], mlp_ratios=[2, 2], initializer_range=SPREAD,
+        ),
+        images(32), (4, 4), "2 stages of 2 layers; a convolution embeds patches in between",
+    ),
+    vision(
+        "DPT",
+        hugging_face(
+            "DPTForDepthEstimation", "DPTConfig", **{**IMAGE, "num_hidden_layers": 4},
+            backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
+            fusion_hidden_size=16, is_hybrid=False,
+        ),
+        images(16), (8,),
+        "4 layers, all read by the neck; its 4 fusion layers hold 1 + 3 x 2 residual units of "
+        "convolutions",
+        refused=("channel axis", 7),
+    ),
+    vision(
+        "DETR",
+        lambda: hf.DetrForObjectDetection(
+            hf.DetrConfig(
+                use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+                backbone_config=hf.ResNetConfig(
+                    embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic",
+                    out_features=["stage2"],
+                ),
+                d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_queries=5,
+                init_std=SPREAD,
+            )
+        ),
+        images(64), (4, 6),
+        "encoder 2 x 2, decoder 2 x 3 from zeros; the ResNet has 2 + 1 units without projection",
+        result=lambda out: out.logits, refused=("channel axis", 3),
+    ),
+    vision(
+        "YOLOS",
+        hugging_face(
+            "YolosModel", "YolosConfig", **{**IMAGE, "image_size": [16, 16]},
+            num_detection_tokens=3, use_mid_position_embeddings=True,
+        ),
+        images(16), (4,), TWO_LAYERS + "; positions are added to the stream between them",
+    ),
+    vision(
+        "LeViT",
+        hugging_face(
+            "LevitModel", "LevitConfig", image_size=64, hidden_sizes=[16, 24, 32],
+            num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8],
+            initializer_range=SPREAD,
+        ),
+        images(64), (2, 3, 3),
+        "3 stages of attention and MLP; stages 2 and 3 also get an MLP behind the subsampling",
+    ),
+    vision(
+        "PoolFormer",
+        hugging_face(
+            "PoolFormerModel", "PoolFormerConfig", num_encoder_blocks=2, depths=[1, 1],
+            hidden_sizes=[16, WIDTH], patch_sizes=[7, 3], strides=[4, 2], padding=[2, 1],
+            layer_scale_init_value=0.3,
+        ),
+        images(32), (), "2 stages of 1 layer, pooling and MLP, [B, C, H, W]",
+        refused=("channel axis", 4),
+    ),
+    vision(
+        "ConvNeXt",
+        hugging_face(
+            "ConvNextModel", "ConvNextConfig", num_stages=2, depths=[2, 2],
+            hidden_sizes=[16, WIDTH], layer_scale_init_value=0.3,
+        ),
+        images(32), (), "2 stages of 2 layers, [B, C, H, W]", refused=("channel axis", 4),
+    ),
+    vision(
+        "Perceiver",
+        hugging_face(
+            "PerceiverModel", "PerceiverConfig", num_latents=6, d_latents=WIDTH, d_model=WIDTH,
+            num_blocks=1, num_self_attends_per_block=2, num_self_attention_heads=4,
+            num_cross_attention_heads=4, initializer_range=SPREAD,
+        ),
+        states("inputs"), (6,),
+        "cross attention, MLP, 2 x (attention, MLP) on learned latents",
+    ),
+    vision(
+        "VideoMAE",
+        hugging_face("VideoMAEModel", "VideoMAEConfig", **IMAGE, num_frames=4, tubelet_size=2),
+        lambda batch=2, length=8, seed=0: {"pixel_values": normal(batch, 4, 3, 16, 16, seed=seed)},
+        (4,), TWO_LAYERS,
+    ),
+    vision(
+        "CLIP",
+        lambda: hf.CLIPModel(hf.CLIPConfig(
+            text_config={**TEXT, **IDS}, vision_config=IMAGE, projection_dim=16,
+        )),
+        lambda batch=2, length=8, seed=0: {
+            **images(16)(batch, length, seed), "input_ids": tokens(batch, length, seed),
+        },
+        (4, 4), BOTH, result=lambda out: out.logits_per_image,
+    ),
+    vision(
+        "SigLIP",
+        lambda: hf.SiglipModel(hf.SiglipConfig(text_config={**TEXT, **IDS}, vision_config=IMAGE)),
+        lambda batch=2, length=8, seed=0: {
+            **images(16)(batch, length, seed), "input_ids": tokens(batch, length, seed),
+        },
+        (4, 1, 4), BOTH + "; the pooling head has an MLP behind its attention",
+        result=lambda out: out.logits_per_image,
+    ),
+    vision(
+        "CLIPSeg",
+        lambda: hf.CLIPSegModel(hf.CLIPSegConfig(
+            text_config={**TEXT, **IDS}, vision_config=IMAGE, projection_dim=16,
+        )),
+        lambda batch=2, length=8, seed=0: {
+            **images(16)(batch, length, seed), "input_ids": tokens(batch, length, seed),
+        },
+        (4, 4), BOTH, result=lambda out: out.logits_per_image,
+    ),
+)  # fmt: skip
+
+ENTRIES: tuple[Entry, ...] = (*OWN, *VISION)
