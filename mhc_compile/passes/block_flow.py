@@ -15,9 +15,8 @@ from mhc_compile.passes.flow import (
     Op,
     find_candidates,
     is_heavy_name,
-    link_streams,
-    split_nested,
 )
+from mhc_compile.passes.streams import link_streams, split_nested
 
 
 def block_candidates(

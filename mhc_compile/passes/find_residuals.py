@@ -10,15 +10,9 @@ from dataclasses import dataclass, replace
 from mhc_compile._torch_compat import Source
 from mhc_compile.passes.call_paths import LeafPath
 from mhc_compile.passes.channel_axis import check_channel_axis
-from mhc_compile.passes.flow import (
-    Candidate,
-    Flow,
-    branch_region,
-    find_candidates,
-    link_streams,
-    split_nested,
-)
+from mhc_compile.passes.flow import Candidate, Flow, branch_region, find_candidates
 from mhc_compile.passes.record import Recording
+from mhc_compile.passes.streams import link_streams, split_nested
 
 Path = tuple[tuple[str, int], ...]
 
@@ -55,23 +49,25 @@ class Segment:
         sources: their source lines.
         adds: when they ran in the recording, to order the sites of several segments.
         first_index: position of the first site in the stream.
-        stream_input: path of the block's argument that carries the stream, None if it starts
-            inside the block.
+        stream_inputs: paths of the block's arguments that carry states of the stream, the latest
+            first; none if it starts inside the block.
         dims: dimensions of the plain (one-stream) tensor.
         expand: whether the stream starts here.
         collapse: whether it ends here.
-        post_norm: whether a norm stands on the stream itself, behind each add.
+        output: which tensor of the block's result hands the stream on, None if it ends here.
+        norms: classes of the modules that stand on the stream itself between sublayers (post-norm).
     """
 
     sites: tuple[ResidualSite, ...]
     sources: tuple[Source | None, ...]
     adds: tuple[int, ...]
     first_index: int
-    stream_input: LeafPath | None
+    stream_inputs: tuple[LeafPath, ...]
     dims: int
     expand: bool
     collapse: bool
-    post_norm: bool
+    output: int | None
+    norms: frozenset[type]
 
 
 @dataclass(frozen=True)
@@ -141,15 +137,14 @@ def plan_rewrite(
     """
     flow = recording.flow
     candidates = find_candidates(flow)
-    chains, previous = link_streams(flow, candidates)
-    accepted, dropped = split_nested(flow, candidates, chains)
+    chains, _ = link_streams(flow, candidates)
+    accepted, _ = split_nested(flow, candidates, chains)
     sites: list[ResidualSite] = []
     blocks: list[BlockPlan] = []
     names: Counter[str] = Counter()
     for number, chain in enumerate(accepted):
         stream = _Stream([candidates[i] for i in chain], [])
-        _check_stream(flow, stream, previous)
-        _check_rejoined(flow, stream, candidates, dropped)
+        _check_stream(flow, stream)
         stream.owners = [_owner(flow, c) for c in stream.chain]
         if not stream.reason:
             _lift_owners(recording, stream)
@@ -162,43 +157,13 @@ def plan_rewrite(
     return Plan(tuple(sites), _merged(blocks))
 
 
-def _check_stream(flow: Flow, stream: _Stream, previous: dict[int, int]) -> None:
-    """Refuses forks, and channel axes that are not the last."""
-    after = Counter(previous[c.index] for c in stream.chain if c.index in previous)
-    for k, candidate in enumerate(stream.chain):
-        if after[candidate.index] > 1:
-            stream.reason = "its result starts two residual paths, so the stream forks here"
-            stream.refused_at = k
-            return
+def _check_stream(flow: Flow, stream: _Stream) -> None:
+    """Refuses channel axes that are not the last."""
     for k, candidate in enumerate(stream.chain):
         reason = check_channel_axis(flow, candidate)
         if reason:
             stream.reason, stream.refused_at = reason, k
             return
-
-
-def _check_rejoined(
-    flow: Flow, stream: _Stream, candidates: dict[int, Candidate], dropped: list[list[int]]
-) -> None:
-    """Refuses a stream into which an earlier state is added again (x + x0, long skips)."""
-    if stream.reason:
-        return
-    first, last = stream.chain[0], stream.chain[-1]
-    for chain in dropped:
-        for index in chain:
-            outer = candidates[index]
-            if (
-                not flow.reads(index, last.index)
-                or flow.ops[index].shape != flow.ops[last.index].shape
-            ):
-                continue
-            if first.index > outer.skip and flow.light_path(last.index, index) is not None:
-                stream.reason = (
-                    "an earlier state is added to the stream again at "
-                    f"{format_source(flow.ops[index].source)}, which has no counterpart in mHC"
-                )
-                stream.refused_at = len(stream.chain) - 1
-                return
 
 
 def _owner(flow: Flow, candidate: Candidate) -> Path:
@@ -210,8 +175,15 @@ def _owner(flow: Flow, candidate: Candidate) -> Path:
 
 
 def _lift_owners(recording: Recording, stream: _Stream) -> None:
-    """Widens owners until blocks do not nest, run once, and hold all that reads the stream."""
+    """Widens owners until blocks do not nest, run once, and hold all that reads the stream.
+
+    What leaves the module around all of them is collapsed on its way, so readers outside it are
+    no reason to widen.
+    """
     flow, owners = recording.flow, stream.owners
+    around = owners[0]
+    for owner in owners:
+        around = _common(around, owner)
     calls = Counter(name for name, _ in recording.calls)
     changed = True
     while changed:
@@ -223,13 +195,13 @@ def _lift_owners(recording: Recording, stream: _Stream) -> None:
             changed |= lifted != owner
             owners[k] = lifted
         for k in range(len(owners) - 1):
-            shared = _outside_reader(flow, stream, k)
+            shared = _outside_reader(flow, stream, k, around)
             if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
                 owners[k] = owners[k + 1] = shared
                 changed = True
 
 
-def _outside_reader(flow: Flow, stream: _Stream, k: int) -> Path | None:
+def _outside_reader(flow: Flow, stream: _Stream, k: int, around: Path) -> Path | None:
     """The module call that must own sites k and k + 1, if something between them lies outside."""
     here, there = stream.owners[k], stream.owners[k + 1]
     start = stream.chain[k].index
@@ -237,7 +209,10 @@ def _outside_reader(flow: Flow, stream: _Stream, k: int) -> Path | None:
     inside = {start, *link}
     involved = list(link)
     for value in inside:
-        involved += [r for r in flow.readers[value] if r not in inside and flow.is_live(r)]
+        involved += [
+            r for r in flow.readers[value]
+            if r not in inside and flow.is_live(r) and flow.ops[r].path[: len(around)] == around
+        ]  # fmt: skip
     outside = [
         flow.ops[i].path for i in involved
         if flow.ops[i].path[: len(here)] != here and flow.ops[i].path[: len(there)] != there
@@ -257,8 +232,8 @@ def _site(flow: Flow, stream: _Stream, k: int, number: int, names: Counter[str])
     if names[name] > 1:
         name = f"{name}#{names[name]}"
     op = flow.ops[candidate.index]
-    reason = stream.reason
-    if reason and k != stream.refused_at:
+    reason = stream.reason or candidate.reason
+    if stream.reason and k != stream.refused_at:
         reason = f"same stream as the refused add at {_source_of(flow, stream)}: {stream.reason}"
     return ResidualSite(
         name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason
@@ -310,25 +285,32 @@ def _segments(
         else:
             groups.append([k])
     links = {k: _link(flow, stream, k) for k in range(1, len(stream.chain))}
-    computed = sum(any(not flow.ops[i].noop for i in link) for link in links.values())
+    between = [i for link in links.values() for i in link if not flow.ops[i].noop]
+    norms = frozenset(type(recording.calls[flow.ops[i].path[-1]].module) for i in between)
     plans = []
+    states: set[int] = set()  # what has n streams when a group starts
     for group in groups:
         owner = stream.owners[group[0]]
         light = _light_modules(recording, owner[-1][0])
         adds = tuple(stream.chain[k].index for k in group)
         linking = [i for k in (*group, group[-1] + 1) for i in links.get(k, [])]
-        opened = _inner_modules(flow, owner, list(adds))
-        opened |= _inner_modules(flow, owner, linking) - light
-        first = stream.chain[group[0]]
-        starts = {flow.canonical(first.skip)}
-        if group[0] > 0:
-            starts |= {stream.chain[group[0] - 1].index, *links[group[0]]}
-        inputs = recording.calls[owner[-1]].inputs
-        carrying = [p for p, i in inputs.items() if i in starts or flow.canonical(i) in starts]
+        starts, ends = group[0] == run[0], group[-1] == run[-1]
+        if not starts:
+            states.update(links[group[0]])
+        call = recording.calls[owner[-1]]
+        carrying = sorted(((i, p) for p, i in call.inputs.items() if i in states), reverse=True)
+        states.update(adds, *(links[k] for k in group if k != run[0]))
+        known = states | {stream.chain[k].skip for k in group}
+        through = [c.path for c in recording.calls.values()
+                   if known.intersection(c.outputs, c.inputs.values())]  # fmt: skip
+        opened = _inner_modules(owner, [flow.ops[i].path for i in adds])
+        opened |= _inner_modules(owner, [flow.ops[i].path for i in linking] + through) - light
+        after = [adds[-1], *links.get(group[-1] + 1, [])]
+        handed = [i for i in after if i in call.outputs and not ends]
         segment = Segment(
             tuple(sites[k] for k in group), tuple(flow.ops[i].source for i in adds), adds,
-            group[0], carrying[0] if carrying else None, len(flow.ops[first.index].shape),
-            group[0] == run[0], group[-1] == run[-1], computed * 2 > len(links) > 0,
+            group[0], tuple(p for _, p in carrying), len(flow.ops[adds[0]].shape), starts, ends,
+            call.outputs.index(handed[-1]) if handed else None, norms,
         )  # fmt: skip
         plans.append(BlockPlan(owner[-1][0], (segment,), frozenset(opened), light))
     return plans
@@ -352,10 +334,9 @@ def _link(flow: Flow, stream: _Stream, k: int) -> list[int]:
     return [] if start == stop else flow.light_path(start, stop) or []
 
 
-def _inner_modules(flow: Flow, owner: Path, indices: list[int]) -> set[str]:
-    """Modules inside an owner in which some operations ran, by their names relative to it."""
+def _inner_modules(owner: Path, paths: list[Path]) -> set[str]:
+    """Modules inside an owner on the paths of some operations, by their names relative to it."""
     prefix = len(owner[-1][0]) + 1 if owner[-1][0] else 0
-    paths = [flow.ops[i].path for i in indices]
     return {name[prefix:] for path in paths if path[: len(owner)] == owner
             for name, _ in path[len(owner) :]}  # fmt: skip
 

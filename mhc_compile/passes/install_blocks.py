@@ -318,15 +318,16 @@ def _replace_streams(
     for segment in rewrite.plan.segments:
         if segment.expand or rewrite.config.streams == 1:
             continue
-        named = named_leaves(rewrite.original.forward, args, kwargs)
-        found = [leaf for path, leaf in named if path == segment.stream_input]
-        if not found or not isinstance(found[0], Tensor):
+        named = dict(named_leaves(rewrite.original.forward, args, kwargs))
+        found = [leaf for path in segment.stream_inputs
+                 if isinstance(leaf := named.get(path), Tensor)]  # fmt: skip
+        if not found or len(found) < len(segment.stream_inputs):
             raise UnsupportedResidualError(
                 f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its "
-                f"residual stream as the argument {segment.stream_input!r}; leave its sites out "
-                "with filter_fn"
+                f"residual stream as an argument of forward (in the recording: "
+                f"{segment.stream_inputs or 'none'}); leave its sites out with filter_fn"
             )
-        changed[id(found[0])] = change(found[0], rewrite, segment)
+        changed.update((id(leaf), change(leaf, rewrite, segment)) for leaf in found)
 
     def walk(value: Any) -> Any:
         if id(value) in changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Call:
     """One call of a module: which operations made the tensors that went in and came out."""
 
     module: nn.Module
+    path: tuple[tuple[str, int], ...] = ()
     inputs: dict[LeafPath, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
 
@@ -59,24 +60,44 @@ class _Recorder(TorchDispatchMode):
         self.counts: dict[int, int] = {}
         self.node_of: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
         self.written: dict[int, int] = {}
-        self.fixed = {id(t) for t in [*model.parameters(), *model.buffers()]}
+        self.fixed: dict[int, tuple[int, ...]] = {id(t): () for t in model.buffers()}
+        self.fixed |= {id(t): (id(t),) for t in model.parameters()}
+        # What is made of parameters alone, with the parameters it is made of.
         self.fixed_values: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
 
     def source_of(self, tensor: Tensor) -> int | None:
         """The operation that made a tensor; None for parameters and values made of them."""
         index = self.node_of.get(tensor)
         if index is not None:
-            return max(index, self.written.get(_storage(tensor), -1))
+            written = self.written.get(_storage(tensor), -1)
+            return index if written <= index else self._overwritten(tensor, index, written)
         if id(tensor) in self.fixed or tensor in self.fixed_values:
             return None
         if tensor.dim() == 0:  # a number that became a tensor
-            self.fixed_values[tensor] = True
+            self.fixed_values[tensor] = ()
             return None
         op = Op(len(self.flow.ops), "input", (), shape=tuple(tensor.shape),
                 is_float=tensor.is_floating_point())  # fmt: skip
         self.flow.ops.append(op)
         self.node_of[tensor] = op.index
         return op.index
+
+    def _overwritten(self, tensor: Tensor, before: int, written: int) -> int:
+        """A tensor after a write in place, which may have gone through a view of a part of it."""
+        write = self.flow.ops[written]
+        if write.shape == tuple(tensor.shape):
+            return written
+        op = replace(write, index=len(self.flow.ops), name="overwritten", inputs=(before, written),
+                     operands=(before, written), shape=tuple(tensor.shape),
+                     shapes=(tuple(tensor.shape), write.shape), weights=())  # fmt: skip
+        self.flow.ops.append(op)
+        self.node_of[tensor] = op.index
+        return op.index
+
+    def weights_of(self, tensor: Tensor) -> tuple[int, ...]:
+        """The parameters of which a fixed value is made."""
+        known = self.fixed.get(id(tensor))
+        return self.fixed_values.get(tensor, ()) if known is None else known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
@@ -91,15 +112,17 @@ class _Recorder(TorchDispatchMode):
             return out
         name = func._schema.name.split("::")[1]
         inputs = tuple(i for i in operands if i is not None)
+        weights = tuple(w for t, i in zip(tensors, operands, strict=True) if i is None
+                        for w in self.weights_of(t))  # fmt: skip
         if not inputs and name not in CREATORS:
             for tensor in results:
-                self.fixed_values[tensor] = True
+                self.fixed_values[tensor] = weights
             return out
         op = Op(
             len(self.flow.ops), name, inputs, operands, shapes, tuple(results[0].shape),
             results[0].is_floating_point(), heavy=is_heavy_name(name), noop=name in NOOPS,
             path=tuple(self.stack), source=user_source(),
-            detail=_detail(name, args, kwargs, tensors),
+            weights=weights, detail=_detail(name, args, kwargs, tensors),
         )  # fmt: skip
         self.flow.ops.append(op)
         for tensor in results:
@@ -118,7 +141,7 @@ class _Recorder(TorchDispatchMode):
         self.counts[id(module)] = number = self.counts.get(id(module), 0) + 1
         self.stack.append((name, number))
         try:
-            record = self.calls[name, number] = Call(module)
+            record = self.calls[name, number] = Call(module, tuple(self.stack))
             for path, leaf in named_leaves(type(module).forward, args, kwargs):
                 if isinstance(leaf, Tensor) and (index := self.source_of(leaf)) is not None:
                     record.inputs[path] = index
