@@ -220,7 +220,9 @@ def hugging_face(name, config, **kwargs):
     return lambda: getattr(hf, name)(getattr(hf, config)(**kwargs))
 
 
-vision = partial(entry, family="vision", result=first)
+def vision(name, make, inputs, sites, why, result=first, **kwargs):
+    return entry(name, make, inputs, sites, why, result, "vision", **kwargs)
+
 
 VISION = (
     vision("ViT", hugging_face("ViTModel", "ViTConfig", **IMAGE), images(16), (4,), TWO_LAYERS),
@@ -421,4 +423,420 @@ VISION = (
     ),
 )  # fmt: skip
 
-ENTRIES: tuple[Entry, ...] = (*OWN, *VISION)
+
+def logits(out):
+    return out.logits
+
+
+def last(out):
+    return out.last_hidden_state
+
+
+def waves(batch=2, length=8, seed=0):
+    """Raw audio for two convolutions of stride 4 and 2."""
+    return {"input_values": normal(batch, 8 * length + 64, seed=seed)}
+
+
+def features(name, bins, frames=None, decoder=True, **more):
+    """[batch, frames, bins] features; a decoder's tokens are `length` long."""
+
+    def make(batch=2, length=8, seed=0):
+        inputs = {name: normal(batch, frames or 2 * length + 8, bins, seed=seed)}
+        if decoder:
+            inputs["decoder_input_ids"] = tokens(batch, length, seed)
+        return {**inputs, **more}
+
+    return make
+
+
+def mel(batch=2, length=8, seed=0):
+    """Whisper takes [batch, bins, frames], of one fixed length."""
+    return {
+        "input_features": normal(batch, 8, 40, seed=seed),
+        "decoder_input_ids": tokens(batch, length, seed),
+    }
+
+
+# Layer drop leaves layers out of a training step, so that their parameters get no gradient.
+WAVE = {
+    **SIZES, "vocab_size": 32, "conv_dim": [16, 16], "conv_kernel": [8, 4], "conv_stride": [4, 2],
+    "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False, "layerdrop": 0.0,
+}  # fmt: skip
+ENCODER_DECODER = {
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+}  # fmt: skip
+WITH_CONVOLUTION = "x + convolution(x) for positions, then 2 layers of attention and MLP"
+SEQ2SEQ = "encoder 2 x (self, MLP), decoder 2 x (self, cross, MLP)"
+
+speech = partial(entry, family="speech and audio")
+
+SPEECH = (
+    speech(
+        "Whisper",
+        hugging_face(
+            "WhisperForConditionalGeneration", "WhisperConfig", **ENCODER_DECODER, d_model=WIDTH,
+            vocab_size=VOCABULARY, num_mel_bins=8, max_source_positions=20,
+            max_target_positions=64, init_std=SPREAD, **IDS, decoder_start_token_id=2,
+            suppress_tokens=None, begin_suppress_tokens=None,
+        ),
+        mel, (4, 6), SEQ2SEQ, logits, generate=("greedy", "beam", "static_cache"),
+    ),
+    speech(
+        "Speech2Text",
+        hugging_face(
+            "Speech2TextForConditionalGeneration", "Speech2TextConfig", **ENCODER_DECODER,
+            d_model=WIDTH, vocab_size=VOCABULARY, input_feat_per_channel=8, conv_channels=16,
+            max_source_positions=64, max_target_positions=64, init_std=SPREAD, **IDS,
+            decoder_start_token_id=2, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+        ),
+        features("input_features", 8), (4, 6), SEQ2SEQ, logits, generate=("greedy", "beam"),
+    ),
+    speech("wav2vec2", hugging_face("Wav2Vec2Model", "Wav2Vec2Config", **WAVE), waves, (5,),
+           WITH_CONVOLUTION + ", post-norm", last),
+    speech(
+        "wav2vec2, stable layer norm",
+        hugging_face(
+            "Wav2Vec2Model", "Wav2Vec2Config", **WAVE, do_stable_layer_norm=True,
+            feat_extract_norm="layer",
+        ),
+        waves, (5,), WITH_CONVOLUTION + ", pre-norm", last,
+    ),
+    speech("HuBERT", hugging_face("HubertModel", "HubertConfig", **WAVE), waves, (5,),
+           WITH_CONVOLUTION, last),
+    speech("WavLM", hugging_face("WavLMModel", "WavLMConfig", **WAVE), waves, (5,),
+           WITH_CONVOLUTION, last),
+    speech(
+        "data2vec audio",
+        hugging_face(
+            "Data2VecAudioModel", "Data2VecAudioConfig", **{**WAVE, "num_conv_pos_embeddings": 2},
+            conv_pos_kernel_size=3,
+        ),
+        waves, (5,), WITH_CONVOLUTION, last,
+    ),
+    speech(
+        "SEW", hugging_face("SEWModel", "SEWConfig", **WAVE), waves, (4,),
+        TWO_LAYERS + "; positions are added to a pooled state, which they do not depend on", last,
+    ),
+    speech(
+        "wav2vec2 Conformer",
+        hugging_face(
+            "Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig", **WAVE,
+            position_embeddings_type="relative", conv_depthwise_kernel_size=3,
+        ),
+        waves, (8,), "2 layers: half MLP, attention, convolution, half MLP", last,
+    ),
+    speech(
+        "Parakeet",
+        hugging_face(
+            "ParakeetEncoder", "ParakeetEncoderConfig", **SIZES, num_mel_bins=8,
+            subsampling_factor=2, subsampling_conv_channels=8, conv_kernel_size=3, layerdrop=0.0,
+        ),
+        features("input_features", 8, decoder=False), (8,),
+        "2 layers: half MLP, attention, convolution, half MLP", last,
+    ),
+    speech(
+        "Audio Spectrogram Transformer",
+        hugging_face(
+            "ASTModel", "ASTConfig", **SIZES, patch_size=4, frequency_stride=4, time_stride=4,
+            max_length=24, num_mel_bins=8,
+        ),
+        features("input_values", 8, 24, decoder=False), (4,), TWO_LAYERS, last,
+    ),
+    speech(
+        "SpeechT5",
+        hugging_face(
+            "SpeechT5ForSpeechToText", "SpeechT5Config", **{**ENCODER_DECODER, **WAVE},
+            **IDS, decoder_start_token_id=2, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+            max_text_positions=64, encoder_max_relative_position=8,
+        ),
+        lambda batch=2, length=8, seed=0: {
+            **waves(batch, length, seed),
+            "decoder_input_ids": tokens(batch, length, seed).remainder(32),
+        },
+        (5, 6), "x + convolution(x) in the prenet; " + SEQ2SEQ, logits,
+        generate=("greedy", "beam"),
+    ),
+    speech(
+        "Moonshine",
+        hugging_face(
+            "MoonshineForConditionalGeneration", "MoonshineConfig", hidden_size=WIDTH,
+            intermediate_size=64, encoder_num_hidden_layers=2, decoder_num_hidden_layers=2,
+            encoder_num_attention_heads=4, decoder_num_attention_heads=4,
+            max_position_embeddings=64, vocab_size=VOCABULARY, initializer_range=SPREAD, **IDS,
+            decoder_start_token_id=2,
+        ),
+        lambda batch=2, length=8, seed=0: {
+            "input_values": normal(batch, 2048 + 384 * length, seed=seed),
+            "decoder_input_ids": tokens(batch, length, seed),
+        },
+        (4, 6), SEQ2SEQ, logits, generate=("greedy", "beam", "static_cache"),
+    ),
+    speech(
+        "SeamlessM4T",
+        hugging_face(
+            "SeamlessM4TForSpeechToText", "SeamlessM4TConfig", **ENCODER_DECODER,
+            hidden_size=WIDTH, vocab_size=VOCABULARY, max_position_embeddings=64,
+            speech_encoder_layers=2, speech_encoder_attention_heads=4,
+            speech_encoder_intermediate_size=64, speech_encoder_layerdrop=0.0,
+            encoder_layerdrop=0.0, decoder_layerdrop=0.0, feature_projection_input_dim=8,
+            conv_depthwise_kernel_size=3, adaptor_kernel_size=2, adaptor_stride=2,
+            initializer_range=SPREAD, **IDS, decoder_start_token_id=2, max_source_positions=64,
+        ),
+        features("input_features", 8), (9, 1, 6),
+        "2 x (half MLP, attention, convolution, half MLP) + MLP; adapter: its attention's "
+        "shortcut is a convolution, then an MLP; decoder 2 x 3",
+        logits,
+    ),
+    speech(
+        "MusicGen decoder",
+        hugging_face(
+            "MusicgenForCausalLM", "MusicgenDecoderConfig", vocab_size=VOCABULARY,
+            hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, num_codebooks=2, initializer_factor=SPREAD,
+            layerdrop=0.0, pad_token_id=2, bos_token_id=2,
+        ),
+        lambda batch=2, length=8, seed=0: {
+            "input_ids": tokens(2 * batch, length, seed),
+            "encoder_hidden_states": normal(batch, 5, WIDTH, seed=seed),
+        },
+        (6,), "2 layers: self attention, cross attention, MLP", logits,
+    ),
+    speech(
+        "Qwen2-Audio",
+        lambda: hf.Qwen2AudioForConditionalGeneration(hf.Qwen2AudioConfig(
+            audio_config={
+                "num_mel_bins": 8, "encoder_layers": 2, "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 64, "d_model": WIDTH, "max_source_positions": 20,
+                "initializer_range": SPREAD,
+            },
+            text_config={**TEXT, **IDS, "model_type": "qwen2", "num_key_value_heads": 2},
+            audio_token_index=IMAGE_TOKEN,
+        )),
+        lambda batch=2, length=8, seed=0: {
+            "input_features": normal(batch, 8, 40, seed=seed),
+            "feature_attention_mask": torch.ones(batch, 40, dtype=torch.long),
+            **with_images(10, batch, length, seed),
+        },
+        (4, 4), "audio encoder and language model of 2 layers, attention and MLP", logits,
+        generate=("greedy", "beam"),
+    ),
+)  # fmt: skip
+
+
+def with_images(count, batch=2, length=8, seed=0, before=(), after=()):
+    """`count` image tokens, then text."""
+    lead = torch.tensor([*before, *[IMAGE_TOKEN] * count, *after]).expand(batch, -1)
+    ids = torch.cat([lead, tokens(batch, length, seed)], dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def image_and_text(count, size=16, extra=(), **kwargs):
+    """One image a text; `extra` are more dimensions of the pixels, such as images a text."""
+
+    def make(batch=2, length=8, seed=0):
+        return {
+            "pixel_values": normal(batch, *extra, 3, size, size, seed=seed),
+            **with_images(count, batch, length, seed, **kwargs),
+        }
+
+    return make
+
+
+def qwen2_vl(batch=2, length=8, seed=0):
+    """4 x 4 patches an image, of which 2 x 2 are merged into a token."""
+    inputs = with_images(4, batch, length, seed, before=[98], after=[99])
+    return {
+        **inputs,
+        "pixel_values": normal(16 * batch, 3 * 2 * 4 * 4, seed=seed),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]).expand(batch, -1),
+        "mm_token_type_ids": (inputs["input_ids"] == IMAGE_TOKEN).long(),
+    }
+
+
+def kosmos2(batch=2, length=8, seed=0):
+    inputs = image_and_text(4)(batch, length, seed)
+    inputs["image_embeds_position_mask"] = (inputs["input_ids"] == IMAGE_TOKEN).long()
+    return inputs
+
+
+def llama_text(**kwargs):
+    return {**TEXT, **IDS, "model_type": "llama", "num_key_value_heads": 2, **kwargs}
+
+
+def multimodal(name, make, inputs, sites, why, result=logits, **kwargs):
+    return entry(name, make, inputs, sites, why, result, "multimodal", **kwargs)
+
+
+MULTIMODAL = (
+    multimodal(
+        "Llava",
+        lambda: hf.LlavaForConditionalGeneration(hf.LlavaConfig(
+            vision_config={**IMAGE, "model_type": "clip_vision_model", "num_hidden_layers": 3},
+            text_config=llama_text(), image_token_index=IMAGE_TOKEN,
+        )),
+        image_and_text(16), (4, 4),
+        "vision: 2 of 3 layers count, as Llava takes the state before the last; text: 2 layers",
+        generate=("greedy", "beam", "static_cache"),
+    ),
+    multimodal(
+        "PaliGemma",
+        lambda: hf.PaliGemmaForConditionalGeneration(hf.PaliGemmaConfig(
+            vision_config={
+                **IMAGE, "model_type": "siglip_vision_model", "vision_use_head": False,
+                "projection_dim": WIDTH,
+            },
+            text_config={
+                **TEXT, **IDS, "model_type": "gemma", "num_key_value_heads": 2, "head_dim": 8,
+            },
+            image_token_index=IMAGE_TOKEN, projection_dim=WIDTH,
+        )),
+        lambda batch=2, length=8, seed=0: {
+            **(inputs := image_and_text(16)(batch, length, seed)),
+            "token_type_ids": (inputs["input_ids"] != IMAGE_TOKEN).long(),
+        },
+        (4, 4), BOTH, generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "Qwen2-VL",
+        lambda: hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(
+            vision_config={
+                "depth": 2, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 4,
+                "patch_size": 4, "mlp_ratio": 2, "initializer_range": SPREAD,
+            },
+            text_config={
+                **TEXT, **IDS, "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2],
+                                    "rope_theta": 1e4},
+            },
+            image_token_id=IMAGE_TOKEN, video_token_id=3, vision_start_token_id=98,
+            vision_end_token_id=99,
+        )),
+        qwen2_vl, (4, 4), BOTH, generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "InternVL",
+        lambda: hf.InternVLForConditionalGeneration(hf.InternVLConfig(
+            vision_config={**IMAGE, "image_size": [16, 16], "patch_size": [4, 4]},
+            text_config=llama_text(), image_token_id=IMAGE_TOKEN, image_seq_length=4,
+        )),
+        image_and_text(4), (4, 4), BOTH + "; the vision branches are scaled by parameters",
+        generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "Idefics2",
+        lambda: hf.Idefics2ForConditionalGeneration(hf.Idefics2Config(
+            vision_config=IMAGE,
+            perceiver_config={
+                "hidden_size": WIDTH, "resampler_n_latents": 4, "resampler_depth": 2,
+                "resampler_n_heads": 4, "resampler_head_dim": 8, "num_key_value_heads": 2,
+            },
+            text_config={**TEXT, **IDS, "model_type": "mistral", "num_key_value_heads": 2},
+            image_token_id=IMAGE_TOKEN, pad_token_id=2,
+        )),
+        image_and_text(4, extra=(1,)), (4, 4, 4),
+        "vision, resampler (from learned latents) and text of 2 layers each, attention and MLP",
+        generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "Idefics3",
+        lambda: hf.Idefics3ForConditionalGeneration(hf.Idefics3Config(
+            vision_config=IMAGE, text_config=llama_text(), image_token_id=IMAGE_TOKEN,
+            scale_factor=2, pad_token_id=2,
+        )),
+        image_and_text(4, extra=(1,)), (4, 4), BOTH, generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "SmolVLM",
+        lambda: hf.SmolVLMForConditionalGeneration(hf.SmolVLMConfig(
+            vision_config=IMAGE, text_config=llama_text(), image_token_id=IMAGE_TOKEN,
+            scale_factor=2, pad_token_id=2,
+        )),
+        image_and_text(4, extra=(1,)), (4, 4), BOTH, generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "BLIP",
+        lambda: hf.BlipForConditionalGeneration(hf.BlipConfig(
+            vision_config=IMAGE,
+            text_config={**TEXT, **IDS, "encoder_hidden_size": WIDTH, "sep_token_id": 1},
+        )),
+        image_and_text(0), (4, 6),
+        "vision 2 x (attention, MLP), text 2 x (self, cross, MLP), post-norm",
+    ),
+    multimodal(
+        "BLIP-2",
+        lambda: hf.Blip2ForConditionalGeneration(hf.Blip2Config(
+            vision_config=IMAGE,
+            qformer_config={
+                **TEXT, "encoder_hidden_size": WIDTH, "cross_attention_frequency": 2,
+            },
+            text_config={
+                **TEXT, **IDS, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": WIDTH,
+            },
+            num_query_tokens=4, image_token_index=IMAGE_TOKEN,
+        )),
+        image_and_text(4), (4, 5, 4),
+        "vision 2 x 2; Q-Former, post-norm on a norm of learned queries: self, cross, MLP and "
+        "self, MLP; text 2 x 2",
+    ),
+    multimodal(
+        "GIT",
+        lambda: hf.GitForCausalLM(hf.GitConfig(
+            vision_config=IMAGE, **TEXT, **IDS, num_image_with_embedding=None,
+        )),
+        image_and_text(0), (4, 4), BOTH + ", text post-norm", generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "Pix2Struct",
+        lambda: hf.Pix2StructForConditionalGeneration(hf.Pix2StructConfig(
+            vision_config={
+                "hidden_size": WIDTH, "patch_embed_hidden_size": 12, "d_ff": 64, "d_kv": 8,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "seq_len": 16,
+            },
+            text_config={
+                "vocab_size": VOCABULARY, "hidden_size": WIDTH, "d_ff": 64, "d_kv": 8,
+                "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 2, **IDS,
+            },
+        )),
+        lambda batch=2, length=8, seed=0: {
+            # Row and column of the patch, counted from 1, then its pixels.
+            "flattened_patches": torch.cat([
+                torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 4))
+                .expand(batch, -1, -1),
+                normal(batch, 12, 12, seed=seed),
+            ], dim=-1),
+            "decoder_input_ids": tokens(batch, length, seed),
+        },
+        (4, 6), SEQ2SEQ, generate=("greedy", "beam"),
+    ),
+    multimodal(
+        "Kosmos-2",
+        lambda: hf.Kosmos2ForConditionalGeneration(hf.Kosmos2Config(
+            vision_config=IMAGE,
+            text_config={
+                "vocab_size": VOCABULARY + 3, "max_position_embeddings": 64, "embed_dim": WIDTH,
+                "layers": 2, "ffn_dim": 64, "attention_heads": 4, "init_std": SPREAD, **IDS,
+            },
+            latent_query_num=4,
+        )),
+        kosmos2, (4, 4), BOTH + "; one cross attention between them has no shortcut",
+    ),
+    multimodal(
+        "ViLT", hugging_face("ViltModel", "ViltConfig", **{**TEXT, **IMAGE}),
+        lambda batch=2, length=8, seed=0: {
+            **images(16)(batch, length, seed), "input_ids": tokens(batch, length, seed),
+        },
+        (4,), TWO_LAYERS + ", on patches and words together", last,
+    ),
+    multimodal(
+        "LayoutLM", hugging_face("LayoutLMModel", "LayoutLMConfig", **TEXT, **NO_DROPOUT),
+        lambda batch=2, length=8, seed=0: {
+            "input_ids": tokens(batch, length, seed),
+            "bbox": tokens(batch, length, seed)[..., None] + torch.tensor([0, 0, 9, 9]),
+        },
+        (4,), TWO_LAYERS + ", post-norm", last,
+    ),
+)  # fmt: skip
+
+ENTRIES: tuple[Entry, ...] = (*OWN, *VISION, *SPEECH, *MULTIMODAL)
