@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     classes = [type(m) for m in modules]
     attributes = [dict(m.__dict__) for m in modules]
     inner = [
-        {key: type(value)(value) for key, value in m.__dict__.items() if isinstance(value, dict)}
+        {key: dict(value) for key, value in m.__dict__.items() if isinstance(value, dict)}
         for m in modules
     ]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
@@ -44,8 +45,15 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(outer)
             for key, before in dicts.items():
                 current = module.__dict__[key]
-                current.clear()
-                current.update(before)
+                # Left alone unless changed: it may be a frozen subclass of dict, as in diffusers.
+                if not _same_items(current, before):
+                    current.clear()
+                    current.update(before)
         for buffer, values in buffers:
             buffer.data.copy_(values)
         raise
+
+
+def _same_items(a: dict[Any, Any], b: dict[Any, Any]) -> bool:
+    """Whether two dicts hold the same objects under the same keys in the same order."""
+    return list(a) == list(b) and all(a[key] is value for key, value in b.items())

@@ -4,6 +4,7 @@ Every number was read off the model's source before any tool of this project ran
 """
 
 from functools import partial
+from importlib.util import find_spec
 
 import own_models as own
 import torch
@@ -627,8 +628,8 @@ SPEECH = (
 
 def with_images(count, batch=2, length=8, seed=0, before=(), after=()):
     """`count` image tokens, then text."""
-    lead = torch.tensor([*before, *[IMAGE_TOKEN] * count, *after]).expand(batch, -1)
-    ids = torch.cat([lead, tokens(batch, length, seed)], dim=1)
+    lead = torch.tensor([*before, *[IMAGE_TOKEN] * count, *after], dtype=torch.long)
+    ids = torch.cat([lead.expand(batch, -1), tokens(batch, length, seed)], dim=1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -839,4 +840,229 @@ MULTIMODAL = (
     ),
 )  # fmt: skip
 
-ENTRIES: tuple[Entry, ...] = (*OWN, *VISION, *SPEECH, *MULTIMODAL)
+
+def latents(channels=4, size=8, **more):
+    """A noisy latent image and its time step; `more` are `(batch, length, seed)` to a tensor."""
+
+    def make(batch=2, length=8, seed=0):
+        return {
+            "hidden_states": normal(batch, channels, size, size, seed=seed),
+            "timestep": tokens(batch, 1, seed)[:, 0],
+            **{name: value(batch, length, seed) for name, value in more.items()},
+        }
+
+    return make
+
+
+def words(width=WIDTH, count=None):
+    return lambda batch, length, seed: normal(batch, count or length, width, seed=seed + 1000)
+
+
+def vectors(width):
+    return lambda batch, length, seed: normal(batch, width, seed=seed + 2000)
+
+
+def flux(batch=2, length=8, seed=0):
+    return {
+        "hidden_states": normal(batch, 12, 8, seed=seed),
+        "encoder_hidden_states": words()(batch, length, seed),
+        "pooled_projections": vectors(12)(batch, length, seed),
+        "timestep": torch.linspace(0.2, 0.9, batch),
+        "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(3.0)),
+        "txt_ids": torch.zeros(length, 3),
+    }
+
+
+def hunyuan(batch=2, length=8, seed=0):
+    """The lengths of both texts are fixed by the config."""
+    angles = normal(16, 8, seed=1)
+    return {
+        "hidden_states": normal(batch, 4, 8, 8, seed=seed),
+        "timestep": tokens(batch, 1, seed)[:, 0].float(),
+        "encoder_hidden_states": words(24, 5)(batch, length, seed),
+        "text_embedding_mask": torch.ones(batch, 5, dtype=torch.long),
+        "encoder_hidden_states_t5": words(16, 6)(batch, length, seed),
+        "text_embedding_mask_t5": torch.ones(batch, 6, dtype=torch.long),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+
+
+def diffusion(name, module, inputs, sites, why, **config):
+    """A model of diffusers, which is imported when the model is built."""
+
+    def make():
+        import diffusers
+
+        torch.manual_seed(0)
+        return getattr(diffusers, module)(**config)
+
+    return entry(name, make, inputs, sites, why, first, "diffusion transformers")
+
+
+HEADS = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2}
+DIFFUSION = (
+    diffusion(
+        "DiT", "DiTTransformer2DModel",
+        latents(class_labels=lambda batch, length, seed: tokens(batch, 1, seed)[:, 0].remainder(9)),
+        (4,), TWO_LAYERS + ", gated by the condition", **HEADS, in_channels=4, sample_size=8,
+        num_embeds_ada_norm=10, norm_num_groups=2,
+    ),
+    diffusion(
+        "PixArt", "PixArtTransformer2DModel",
+        latents(
+            encoder_hidden_states=words(24),
+            added_cond_kwargs=lambda *_: {"resolution": None, "aspect_ratio": None},
+        ),
+        (6,), "2 layers: self attention, cross attention, MLP", **HEADS, in_channels=4,
+        out_channels=4, sample_size=8, caption_channels=24, cross_attention_dim=WIDTH,
+        norm_num_groups=2, use_additional_conditions=False, interpolation_scale=1,
+    ),
+    diffusion(
+        "Stable Diffusion 3", "SD3Transformer2DModel",
+        latents(encoder_hidden_states=words(24), pooled_projections=vectors(12)), (4, 2),
+        "2 joint layers; the text takes no result of the last one", **HEADS, in_channels=4,
+        out_channels=4, sample_size=8, joint_attention_dim=24, caption_projection_dim=WIDTH,
+        pooled_projection_dim=12, pos_embed_max_size=8,
+    ),
+    diffusion(
+        "Flux", "FluxTransformer2DModel", flux, (4, 4, 2),
+        "2 double layers of image and text; 2 single layers, one add each, on both joined",
+        **HEADS, in_channels=8, num_single_layers=2, joint_attention_dim=WIDTH,
+        pooled_projection_dim=12, axes_dims_rope=(2, 2, 4),
+    ),
+    diffusion(
+        "AuraFlow", "AuraFlowTransformer2DModel",
+        latents(encoder_hidden_states=words(24)), (2, 2, 2),
+        "2 joint and 2 single layers, each one add of a stream: x + MLP(norm(x + attention(x))) "
+        "keeps the attention inside the branch",
+        num_attention_heads=4, attention_head_dim=8, num_mmdit_layers=2, num_single_dit_layers=2,
+        in_channels=4, out_channels=4, sample_size=8, joint_attention_dim=24,
+        caption_projection_dim=WIDTH, pos_embed_max_size=16,
+    ),
+    diffusion(
+        "HunyuanDiT", "HunyuanDiT2DModel", hunyuan, (9, 3),
+        "4 layers: self attention, cross attention, MLP; the last starts behind a linear of a "
+        "concatenation with the first's state",
+        num_attention_heads=4, attention_head_dim=8, num_layers=4, in_channels=4, patch_size=2,
+        sample_size=8, hidden_size=WIDTH, mlp_ratio=2.0, cross_attention_dim=24,
+        cross_attention_dim_t5=16, pooled_projection_dim=16, text_len=5, text_len_t5=6,
+        use_style_cond_and_image_meta_size=False,
+    ),
+    diffusion(
+        "Wan", "WanTransformer3DModel",
+        lambda batch=2, length=8, seed=0: {
+            "hidden_states": normal(batch, 4, 2, 8, 8, seed=seed),
+            "timestep": tokens(batch, 1, seed)[:, 0],
+            "encoder_hidden_states": words(24)(batch, length, seed),
+        },
+        (6,), "2 layers: self attention, cross attention, MLP", **HEADS, in_channels=4,
+        out_channels=4, text_dim=24, freq_dim=16, ffn_dim=64, rope_max_seq_len=32,
+    ),
+) if find_spec("diffusers") else ()  # fmt: skip
+
+
+def timesfm(batch=2, length=8, seed=0):
+    """Whole patches of 4 values."""
+    values = normal(batch, 4 * length, seed=seed)
+    return {
+        "past_values": values,
+        "past_values_padding": torch.zeros_like(values, dtype=torch.long),
+        "freq": torch.zeros(batch, 1, dtype=torch.long),
+    }
+
+
+def time_series(batch=2, length=8, seed=0):
+    """A context of 10 and a lag of 1; the horizon is fixed by the config."""
+    return {
+        "past_values": normal(batch, 11, seed=seed),
+        "past_time_features": normal(batch, 11, 1, seed=seed + 1),
+        "past_observed_mask": torch.ones(batch, 11),
+        "future_values": normal(batch, 6, seed=seed + 2),
+        "future_time_features": normal(batch, 6, 1, seed=seed + 3),
+    }
+
+
+def decisions(batch=2, length=8, seed=0):
+    return {
+        "states": normal(batch, length, 5, seed=seed),
+        "actions": normal(batch, length, 3, seed=seed + 1),
+        "returns_to_go": normal(batch, length, 1, seed=seed + 2),
+        "timesteps": torch.arange(length).expand(batch, -1),
+        "attention_mask": torch.ones(batch, length, dtype=torch.long),
+    }
+
+
+def autoformer_encoder():
+    from transformers.models.autoformer.modeling_autoformer import AutoformerEncoder
+
+    return AutoformerEncoder(
+        hf.AutoformerConfig(
+            prediction_length=6, context_length=10, d_model=WIDTH, encoder_layers=2,
+            encoder_attention_heads=4, encoder_ffn_dim=64, moving_average=3, init_std=SPREAD,
+            encoder_layerdrop=0.0, lags_sequence=[1],
+        )
+    )  # fmt: skip
+
+
+series = partial(entry, family="time series and decisions")
+
+SERIES = (
+    series(
+        "PatchTST",
+        hugging_face(
+            "PatchTSTModel", "PatchTSTConfig", num_input_channels=3, context_length=16,
+            patch_length=4, patch_stride=4, d_model=WIDTH, num_hidden_layers=2,
+            num_attention_heads=4, ffn_dim=64, do_mask_input=False,
+        ),
+        lambda batch=2, length=8, seed=0: {"past_values": normal(batch, 16, 3, seed=seed)},
+        (4,), TWO_LAYERS + ", batch norms, [B, variables, patches, C]", last,
+    ),
+    series(
+        "PatchTSMixer",
+        hugging_face(
+            "PatchTSMixerModel", "PatchTSMixerConfig", num_input_channels=3, context_length=16,
+            patch_length=4, patch_stride=4, d_model=WIDTH, num_layers=2, mode="mix_channel",
+        ),
+        lambda batch=2, length=8, seed=0: {"past_values": normal(batch, 16, 3, seed=seed)},
+        (6,), "2 layers that mix variables, patches and channels", last,
+    ),
+    series(
+        "TimesFM",
+        hugging_face(
+            "TimesFmModel", "TimesFmConfig", patch_length=4, context_length=64,
+            horizon_length=8, hidden_size=WIDTH, intermediate_size=64, head_dim=8,
+            num_hidden_layers=2, num_attention_heads=4, initializer_range=SPREAD,
+        ),
+        timesfm, (4,), TWO_LAYERS, last,
+    ),
+    series(
+        "Time Series Transformer",
+        hugging_face(
+            "TimeSeriesTransformerModel", "TimeSeriesTransformerConfig", **ENCODER_DECODER,
+            prediction_length=6, context_length=10, d_model=WIDTH, lags_sequence=[1],
+            num_time_features=1, init_std=SPREAD, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+        ),
+        time_series, (4, 6), SEQ2SEQ + ", post-norm", last,
+    ),
+    series(
+        "Autoformer encoder", autoformer_encoder,
+        lambda batch=2, length=8, seed=0: {
+            "inputs_embeds": normal(batch, length, 3, seed=seed),
+        },
+        (10,),
+        "2 layers: attention, MLP; x - average(x) has the form of a residual too: a moving average "
+        "behind each, and the mean in the last norm",
+        last,
+    ),
+    series(
+        "Decision Transformer",
+        hugging_face(
+            "DecisionTransformerModel", "DecisionTransformerConfig", state_dim=5, act_dim=3,
+            hidden_size=WIDTH, n_layer=2, n_head=4, n_inner=64, max_ep_len=64,
+            initializer_range=SPREAD,
+        ),
+        decisions, (4,), TWO_LAYERS, last,
+    ),
+)  # fmt: skip
+
+ENTRIES: tuple[Entry, ...] = (*OWN, *VISION, *SPEECH, *MULTIMODAL, *DIFFUSION, *SERIES)
