@@ -49,9 +49,8 @@ class Segment:
         sources: their source lines.
         adds: when they ran in the recording, to order the sites of several segments.
         first_index: position of the first site in the stream.
-        stream_inputs: paths of the block's arguments that carry states of the stream, the latest
-            first; none if it starts inside the block.
-        dims: dimensions of the plain (one-stream) tensor.
+        stream_inputs: paths of the block's arguments that carry states of the stream, each with the
+            dimensions of its plain (one-stream) tensor, the latest first; none if it starts inside.
         expand: whether the stream starts here.
         collapse: whether it ends here.
         output: which tensor of the block's result hands the stream on, None if it ends here.
@@ -62,8 +61,7 @@ class Segment:
     sources: tuple[Source | None, ...]
     adds: tuple[int, ...]
     first_index: int
-    stream_inputs: tuple[LeafPath, ...]
-    dims: int
+    stream_inputs: tuple[tuple[LeafPath, int], ...]
     expand: bool
     collapse: bool
     output: int | None
@@ -142,13 +140,13 @@ def plan_rewrite(
     sites: list[ResidualSite] = []
     blocks: list[BlockPlan] = []
     names: Counter[str] = Counter()
-    for number, chain in enumerate(accepted):
-        stream = _Stream([candidates[i] for i in chain], [])
+    streams = [_Stream([candidates[i] for i in chain], []) for chain in accepted]
+    for stream in streams:
         _check_stream(flow, stream)
         stream.owners = [_owner(flow, c) for c in stream.chain]
-        if not stream.reason:
-            _lift_owners(recording, stream)
-        found = [_site(flow, stream, k, number, names) for k in range(len(chain))]
+    _lift_owners(recording, [stream for stream in streams if not stream.reason])
+    for number, stream in enumerate(streams):
+        found = [_site(flow, stream, k, number, names) for k in range(len(stream.chain))]
         if filter_fn is not None:
             found = [_filtered(site, filter_fn) for site in found]
         sites += found
@@ -170,35 +168,46 @@ def _owner(flow: Flow, candidate: Candidate) -> Path:
     """The innermost module call that holds the add and every operation of its sublayer."""
     path = flow.ops[candidate.index].path
     for index in branch_region(flow, candidate):
-        path = _common(path, flow.ops[index].path)
+        # A view at the end of the module that made the state is no part of the sublayer.
+        if not flow.ops[index].noop or flow.canonical(index) != candidate.skip:
+            path = _common(path, flow.ops[index].path)
     return path
 
 
-def _lift_owners(recording: Recording, stream: _Stream) -> None:
-    """Widens owners until blocks do not nest, run once, and hold all that reads the stream.
+def _lift_owners(recording: Recording, streams: list[_Stream]) -> None:
+    """Widens owners until blocks do not nest, run once, and hold all that reads a stream.
 
-    What leaves the module around all of them is collapsed on its way, so readers outside it are
-    no reason to widen.
+    What leaves the module around a whole stream is collapsed on its way, so readers outside it
+    are no reason to widen.
     """
-    flow, owners = recording.flow, stream.owners
-    around = owners[0]
-    for owner in owners:
-        around = _common(around, owner)
+    flow = recording.flow
     calls = Counter(name for name, _ in recording.calls)
+    around = {id(stream): _shared(stream.owners) for stream in streams}
     changed = True
     while changed:
         changed = False
-        for k, owner in enumerate(owners):
-            lifted = min((o for o in owners if owner[: len(o)] == o), key=len)
-            while len(lifted) > 1 and calls[lifted[-1][0]] > 1:
-                lifted = lifted[:-1]
-            changed |= lifted != owner
-            owners[k] = lifted
-        for k in range(len(owners) - 1):
-            shared = _outside_reader(flow, stream, k, around)
-            if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
-                owners[k] = owners[k + 1] = shared
-                changed = True
+        known = {owner for stream in streams for owner in stream.owners}
+        for stream in streams:
+            owners = stream.owners
+            for k, owner in enumerate(owners):
+                lifted = min((o for o in known if owner[: len(o)] == o), key=len)
+                while len(lifted) > 1 and calls[lifted[-1][0]] > 1:
+                    lifted = lifted[:-1]
+                changed |= lifted != owner
+                owners[k] = lifted
+            for k in range(len(owners) - 1):
+                shared = _outside_reader(flow, stream, k, around[id(stream)])
+                if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
+                    owners[k] = owners[k + 1] = shared
+                    changed = True
+
+
+def _shared(paths: list[Path]) -> Path:
+    """The innermost module call around all paths."""
+    around = paths[0]
+    for path in paths:
+        around = _common(around, path)
+    return around
 
 
 def _outside_reader(flow: Flow, stream: _Stream, k: int, around: Path) -> Path | None:
@@ -309,7 +318,7 @@ def _segments(
         handed = [i for i in after if i in call.outputs and not ends]
         segment = Segment(
             tuple(sites[k] for k in group), tuple(flow.ops[i].source for i in adds), adds,
-            group[0], tuple(p for _, p in carrying), len(flow.ops[adds[0]].shape), starts, ends,
+            group[0], tuple((p, len(flow.ops[i].shape)) for i, p in carrying), starts, ends,
             call.outputs.index(handed[-1]) if handed else None, norms,
         )  # fmt: skip
         plans.append(BlockPlan(owner[-1][0], (segment,), frozenset(opened), light))

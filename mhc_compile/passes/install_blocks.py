@@ -20,7 +20,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
 from mhc_compile.passes.add_guards import add_guards
 from mhc_compile.passes.call_paths import named_leaves, positional_names
-from mhc_compile.passes.find_residuals import BlockPlan, Segment
+from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.passes.open_arguments import find_open_arguments
 from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
 from mhc_compile.passes.trace_block import CONSTANTS, trace_block
@@ -83,10 +83,8 @@ class BlockRewrite:
         result = variant.function(block, *(leaves[i] for i in variant.order))
         if self.config.streams > 1 and not torch.compiler.is_compiling():
             for segment in self.plan.segments:
-                shape = (self.config.streams, segment.sites[0].channels)
-                for tensor in () if segment.collapse else tensor_leaves(result):
-                    if tensor.dim() == segment.dims + 1 and tensor.shape[-2:] == shape:
-                        setattr(tensor, MARK, True)
+                if segment.output is not None:
+                    setattr(tensor_leaves(result)[segment.output], MARK, True)
         return result
 
 
@@ -290,10 +288,10 @@ def _device_of(block: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _one_stream(stream: Tensor, rewrite: BlockRewrite, segment: Segment) -> Tensor:
+def _one_stream(stream: Tensor, rewrite: BlockRewrite, dims: int) -> Tensor:
     """One stream in the place of n, for tracing the original forward."""
     n = rewrite.config.streams
-    if stream.dim() != segment.dims + 1 or stream.shape[-2] != n:
+    if stream.dim() != dims + 1 or stream.shape[-2] != n:
         raise MHCError(
             f"block {rewrite.plan.name!r} takes {n} streams [..., {n}, C] from the block before "
             f"it, got {list(stream.shape)}; call the whole model"
@@ -301,7 +299,7 @@ def _one_stream(stream: Tensor, rewrite: BlockRewrite, segment: Segment) -> Tens
     return stream[..., 0, :]
 
 
-def _many_streams(stream: Tensor, rewrite: BlockRewrite, segment: Segment) -> Tensor:
+def _many_streams(stream: Tensor, rewrite: BlockRewrite, dims: int) -> Tensor:
     """A plain example stream as the rewritten model will pass it."""
     n = rewrite.config.streams
     return stream.unsqueeze(-2).expand(*stream.shape[:-1], n, stream.shape[-1])
@@ -311,7 +309,7 @@ def _replace_streams(
     rewrite: BlockRewrite,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    change: Callable[[Tensor, BlockRewrite, Segment], Tensor],
+    change: Callable[[Tensor, BlockRewrite, int], Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Changes the arguments that carry streams from earlier blocks."""
     changed: dict[int, Tensor] = {}
@@ -319,15 +317,17 @@ def _replace_streams(
         if segment.expand or rewrite.config.streams == 1:
             continue
         named = dict(named_leaves(rewrite.original.forward, args, kwargs))
-        found = [leaf for path in segment.stream_inputs
-                 if isinstance(leaf := named.get(path), Tensor)]  # fmt: skip
-        if not found or len(found) < len(segment.stream_inputs):
+        for path, dims in segment.stream_inputs:
+            leaf = named.get(path)
+            if isinstance(leaf, Tensor):
+                changed[id(leaf)] = change(leaf, rewrite, dims)
+        if len(changed) < len({id(named.get(path)) for path, _ in segment.stream_inputs}):
             raise UnsupportedResidualError(
                 f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its "
-                f"residual stream as an argument of forward (in the recording: "
-                f"{segment.stream_inputs or 'none'}); leave its sites out with filter_fn"
+                "residual stream as an argument of forward (in the recording: "
+                f"{[path for path, _ in segment.stream_inputs]}); leave its sites out with "
+                "filter_fn"
             )
-        changed.update((id(leaf), change(leaf, rewrite, segment)) for leaf in found)
 
     def walk(value: Any) -> Any:
         if id(value) in changed:

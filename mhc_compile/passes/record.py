@@ -66,18 +66,19 @@ class _Recorder(TorchDispatchMode):
         self.fixed_values: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
 
     def source_of(self, tensor: Tensor) -> int | None:
-        """The operation that made a tensor; None for parameters and values made of them."""
+        """The operation that made a tensor; None for numbers, biases and what is made of them."""
         index = self.node_of.get(tensor)
         if index is not None:
             written = self.written.get(_storage(tensor), -1)
             return index if written <= index else self._overwritten(tensor, index, written)
-        if id(tensor) in self.fixed or tensor in self.fixed_values:
-            return None
         if tensor.dim() == 0:  # a number that became a tensor
-            self.fixed_values[tensor] = ()
+            self.fixed_values.setdefault(tensor, ())
+        weights = self.weights_of(tensor)
+        if weights is not None and tensor.dim() < 2:
             return None
-        op = Op(len(self.flow.ops), "input", (), shape=tuple(tensor.shape),
-                is_float=tensor.is_floating_point())  # fmt: skip
+        op = Op(len(self.flow.ops), "input" if weights is None else "parameter", (),
+                shape=tuple(tensor.shape), is_float=tensor.is_floating_point(),
+                weights=weights or ())  # fmt: skip
         self.flow.ops.append(op)
         self.node_of[tensor] = op.index
         return op.index
@@ -94,10 +95,10 @@ class _Recorder(TorchDispatchMode):
         self.node_of[tensor] = op.index
         return op.index
 
-    def weights_of(self, tensor: Tensor) -> tuple[int, ...]:
-        """The parameters of which a fixed value is made."""
+    def weights_of(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """The parameters of which a fixed value is made; None if it depends on the inputs."""
         known = self.fixed.get(id(tensor))
-        return self.fixed_values.get(tensor, ()) if known is None else known
+        return self.fixed_values.get(tensor) if known is None else known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
@@ -112,12 +113,13 @@ class _Recorder(TorchDispatchMode):
             return out
         name = func._schema.name.split("::")[1]
         inputs = tuple(i for i in operands if i is not None)
-        weights = tuple(w for t, i in zip(tensors, operands, strict=True) if i is None
-                        for w in self.weights_of(t))  # fmt: skip
-        if not inputs and name not in CREATORS:
+        made_of = [self.weights_of(t) for t in tensors]
+        weights = tuple(w for part in made_of for w in part or ())
+        if None not in made_of and name not in CREATORS:
             for tensor in results:
                 self.fixed_values[tensor] = weights
-            return out
+            if not inputs:
+                return out
         op = Op(
             len(self.flow.ops), name, inputs, operands, shapes, tuple(results[0].shape),
             results[0].is_floating_point(), heavy=is_heavy_name(name), noop=name in NOOPS,

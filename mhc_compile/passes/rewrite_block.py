@@ -100,7 +100,7 @@ def find_sites(
         work = BlockGraph(
             block, plan, segment, config, traced, label, [], [], name, replaced, links
         )
-        inputs = [traced.inputs[path] for path in segment.stream_inputs if path in traced.inputs]
+        inputs = [traced.inputs[p] for p, _ in segment.stream_inputs if p in traced.inputs]
         states = set() if segment.expand else {index_of[node] for node in inputs}
         for position, (s, _) in enumerate(plan.order):
             if s != number:
@@ -144,7 +144,7 @@ def _trailing(
         node = nodes[stop]
         if tuple(_label(nodes[i]) for i in link) in patterns:
             return link
-        if len(link) == 1 and node.op == "call_module" and not patterns:
+        if len(link) == 1 and node.op == "call_module":
             if type(work.block.get_submodule(str(node.target))) in work.segment.norms:
                 return link
     return []
@@ -210,7 +210,7 @@ def expand_stream(work: BlockGraph) -> None:
     """Makes the first skip n-stream: copies where the stream starts, else the block's input."""
     first = work.sites[0]
     if not work.segment.expand:
-        paths = work.segment.stream_inputs
+        paths = [path for path, _ in work.segment.stream_inputs]
         work.streams.update(n for p, n in work.traced.inputs.items() if p in paths)
         if not work.streams:
             raise work.refuse(first.add, "the stream does not enter through an argument of forward")
@@ -380,6 +380,9 @@ def read_streams(work: BlockGraph) -> None:
     final = work.current((work.trailing or [work.sites[-1].add])[-1])
     for value in [n for n in work.graph.nodes if n in work.streams]:
         outside = [u for u in value.users if not _takes_streams(work, u, value is final)]
+        for user in [u for u in outside if _reads_size(u)]:
+            user.replace_input_with(value, _first_stream(work, value))
+            outside.remove(user)
         if not outside:
             continue
         with work.graph.inserting_after(_after_inputs(value)):

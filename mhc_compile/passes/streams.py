@@ -108,6 +108,8 @@ def split_nested(
     of different weights is the stream: gates, LoRA, gelu's cubic, a scan or a shared expert's sum
     lie inside a longer stream's branch, and one global skip lies around it.
 
+    A sum of two streams ends one of them and is a site of neither.
+
     Returns:
         Accepted chains, ordered by their first add, and dropped ones.
     """
@@ -133,4 +135,21 @@ def split_nested(
             for other in accepted
         )
         (dropped if conflict else accepted).append(chain)
-    return sorted(accepted), dropped
+    return sorted(
+        p for chain in accepted for p in _without_merges(flow, candidates, accepted, chain)
+    ), dropped
+
+
+def _without_merges(
+    flow: Flow, candidates: dict[int, Candidate], accepted: list[list[int]], chain: list[int]
+) -> list[list[int]]:
+    """Cuts a chain where a state of another stream is added to it."""
+    others = {i: candidates[i] for other in accepted if other is not chain for i in other}
+    parts: list[list[int]] = [[]]
+    for index in chain:
+        terms = candidates[index].branch
+        if any(_predecessor(flow, others, {}, term) is not None for term in terms):
+            parts.append([])
+        else:
+            parts[-1].append(index)
+    return [part for part in parts if part]
