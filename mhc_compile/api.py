@@ -31,7 +31,7 @@ from mhc_compile.passes.install_blocks import (
 from mhc_compile.passes.native import refuse_native
 from mhc_compile.passes.record import patched_module_call, record_forward
 from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings
-from mhc_compile.passes.undo import rehearsed, unchanged_on_error
+from mhc_compile.passes.undo import rehearsed, remember_random_state, unchanged_on_error
 
 STEP0_TOLERANCE = 1e-3
 """Largest step-0 difference, relative to the output's range, that `transform` lets pass.
@@ -86,14 +86,17 @@ def transform(
     with unchanged_on_error(model):
         with _evaluation(model), rehearsed(model):
             inputs = resolve_inputs(model, example_inputs)
+            same_random_state = remember_random_state(model)
             recording = record_forward(model, *inputs)  # record
             plan = plan_rewrite(recording, filter_fn)  # find
             _check_plan(model, plan, strict)
+            same_random_state()
             rewrites = _rewrite_blocks(model, plan, config, inputs)  # trace .. check
         for name, rewrite in rewrites.items():
             install_block(model.get_submodule(name), rewrite)  # install
         hook_surroundings(model, plan.blocks)
         with _evaluation(model), rehearsed(model):
+            same_random_state()
             _check_step0(model, config, inputs, recording.result)
     return model
 

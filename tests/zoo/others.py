@@ -337,8 +337,13 @@ VISION = (
                 init_std=SPREAD,
             )
         ),
-        images(64), (4, 6),
-        "encoder 2 x 2, decoder 2 x 3 from zeros; the ResNet has 2 + 1 units without projection",
+        lambda batch=2, length=8, seed=0: {
+            **images(64)(batch, length, seed),
+            # DETR's own zeros would give the first connection's phi no gradient.
+            "decoder_inputs_embeds": normal(batch, 5, WIDTH, seed=seed + 1000),
+        },
+        (4, 6),
+        "encoder 2 x 2, decoder 2 x 3; the ResNet has 2 + 1 units without projection",
         result=lambda out: out.logits, refused=("channel axis", 3),
     ),
     vision(
@@ -828,7 +833,9 @@ MULTIMODAL = (
         lambda batch=2, length=8, seed=0: {
             **images(16)(batch, length, seed), "input_ids": tokens(batch, length, seed),
         },
-        (4,), TWO_LAYERS + ", on patches and words together", last,
+        (4,), TWO_LAYERS + ", on patches and words together",
+        # The class token's state: ViLT takes its patches in random order.
+        lambda out: out.pooler_output,
     ),
     multimodal(
         "LayoutLM", hugging_face("LayoutLMModel", "LayoutLMConfig", **TEXT, **NO_DROPOUT),
