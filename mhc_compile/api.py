@@ -31,7 +31,7 @@ from mhc_compile.passes.native import refuse_native
 from mhc_compile.passes.prepare_blocks import ask_once, prepare_blocks
 from mhc_compile.passes.record import record_forward
 from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings
-from mhc_compile.passes.undo import rehearsed, unchanged_on_error
+from mhc_compile.passes.undo import rehearsed, remember_random_state, unchanged_on_error
 
 STEP0_TOLERANCE = 1e-3
 """Largest step-0 difference, relative to the output's range, that `transform` lets pass.
@@ -87,8 +87,10 @@ def transform(
     with unchanged_on_error(model):
         with _evaluation(model), rehearsed(model):
             inputs = resolve_inputs(model, example_inputs)
+            same_random_state = remember_random_state(model)
             recording = record_forward(model, *inputs)  # record
             _check_plan(model, plan_rewrite(recording, filter_fn), strict)  # find
+            same_random_state()
             plan, rewrites = prepare_blocks(  # trace .. read
                 model, recording, config, inputs, filter_fn, strict=strict
             )
@@ -97,6 +99,7 @@ def transform(
             install_block(model.get_submodule(name), rewrite)  # install
         hook_surroundings(model, plan.blocks)
         with _evaluation(model), rehearsed(model):
+            same_random_state()
             _check_step0(model, config, inputs, recording.result)
     return model
 
