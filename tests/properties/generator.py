@@ -775,7 +775,7 @@ class Model(nn.Module):
         if spec.stem == "sum":
             self.left, self.right = nn.Linear(width, width), nn.Linear(width, width)
         if "adaptive" in [site.scale for site in all_sites(spec)]:
-            self.condition = nn.Linear(width, width)
+            self.condition = nn.Embedding(VOCABULARY, width)
         if spec.topology == "joint":
             self.joint = nn.ModuleList(JointBlock(width) for _ in spec.stacks[0].blocks)
         self.stacks = nn.ModuleList(
@@ -820,7 +820,8 @@ class Model(nn.Module):
         angles = places[:, None] * rates[None, :]
         angles = torch.cat([angles, angles], -1)
         pad = 1 - 0.5 * (places == 1).to(x.dtype)
-        gate = self.condition(x.mean(1, keepdim=True)) if hasattr(self, "condition") else None
+        # A label decides, as in diffusion transformers: the first token stands for it.
+        gate = self.condition(inputs[:, :1]) if hasattr(self, "condition") else None
         like = inputs if inputs.dim() == 2 else inputs[..., 0]
         return {
             "like": like,

@@ -228,7 +228,8 @@ def _valid_site(site, stack, spec, total, keep):
     changes = {}
     bare = stack.trunk == "sequential" and stack.carry == "tensor"  # nothing but the stream
     plain = (stack.layout, stack.inner) == ("btc", "btc")
-    if site.scale == "adaptive" and (bare or not plain or spec.topology == "stages"):
+    labelled = spec.stem != "states" and spec.topology != "stages"
+    if site.scale == "adaptive" and (bare or not plain or not labelled):
         site = replace(site, scale="layer")
     if site.scale == "highway":
         site = replace(site, write="x+f", scale="highway" if plain else "skip")
