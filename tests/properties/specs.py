@@ -185,6 +185,8 @@ def _valid_stack(stack, spec, k):
             checkpoint="none", aux="none", pad=False, states=False,
             blocks=(stack.blocks * 3)[: len(other.blocks)],
         )  # fmt: skip
+    if spec.topology == "joint" and stack.inner == "bct":  # the joint attention is not
+        stack = replace(stack, inner="tbc")
     if stack.trunk in ("sequential", "deferred") or stack.layout != "btc":
         stack = replace(stack, pad=False, states=False)
     if stack.trunk == "root":
