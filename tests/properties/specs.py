@@ -195,6 +195,9 @@ def _valid_stack(stack, spec, k):
         stack = replace(stack, hook="after")
     if stack.inject == "inside" and (stack.trunk == "root" or stack.carry != "tensor"):
         stack = replace(stack, inject="constant")
+    cross = spec.topology == "encdec" and k == 1
+    if cross and stack.trunk == "sequential" and stack.carry not in STATES:
+        stack = replace(stack, trunk="loop")  # no way to hand the encoder's result on
     if stack.trunk == "sequential":
         stack = replace(stack, inject="none", repeat=False, checkpoint="none")
         if stack.carry not in STATES:
@@ -212,6 +215,9 @@ def _valid_stack(stack, spec, k):
         stack = replace(stack, checkpoint="plain")
     if stack.tied == "modules" and stack.inject != "none":
         stack = replace(stack, tied="parameters")
+    if cross and "cross" not in [site.body for block in stack.blocks for site in block]:
+        (site, *sites), *blocks = stack.blocks  # else nothing reads the encoder
+        stack = replace(stack, blocks=((replace(site, body="cross"), *sites), *blocks))
     total = sum(len(sites) for sites in stack.blocks)
     # The model's own input, and a state that is read later, must not be overwritten.
     # A checkpointed block would be recomputed from what it wrote.
