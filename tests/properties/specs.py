@@ -99,11 +99,11 @@ def sites(draw, norm, norm_kind, place, body=None):
 
 
 @st.composite
-def stacks(draw, cross=False):
+def stacks(draw, cross=False, largest=3):
     norm, kind = draw(st.sampled_from(NORMS)), draw(st.sampled_from(NORM_KINDS))
     place = draw(st.sampled_from(("block", "inside", "output", "add_norm")))
     mixed = draw(st.integers(0, 4)) == 4  # norms and places differ from site to site
-    pattern = draw(st.integers(1, 3))
+    pattern = draw(st.integers(1, largest))
 
     def site(body=None):
         if not mixed:
@@ -157,7 +157,7 @@ def specs(draw):
         count = 3
     spec = Spec(
         stacks=tuple(
-            draw(stacks(cross=topology == "encdec" and k == 1)) for k in range(count)
+            draw(stacks(cross=topology == "encdec" and k == 1, largest=3 if count == 1 else 2)) for k in range(count)
         ),
         topology=topology,
         in_root=draw(st.booleans()),
