@@ -383,6 +383,8 @@ class Step(nn.Module):
             self.keep = nn.Parameter(torch.ones(shape))
         if site.scale == "highway":
             self.highway = nn.Linear(width, width)
+        if site.scale == "gated":
+            self.gate = nn.Linear(width, width)
         if site.scale == "addcmul":
             self.gamma = nn.Parameter(torch.ones(shape))
 
@@ -440,6 +442,8 @@ def run_steps(steps, x, ctx):
         else:
             f = step.core(step.norm_in(x), ctx)
         normed = None
+        if site.scale == "gated":  # the branch reads the residual twice
+            f = f * torch.sigmoid(step.gate(x))
         if site.place == "output":
             x = step.output(f, x)
         elif site.place == "add_norm" and site.norm == "post":
@@ -621,6 +625,8 @@ class StackModule(nn.Module):
         self.blocks = nn.ModuleList(kind(sites, width, stack) for sites in stack.blocks)
         if stack.trunk == "sequential":
             self.blocks = nn.Sequential(*self.blocks)
+        if stack.inject == "feature":
+            self.feature = nn.Embedding(VOCABULARY, width)
         if stack.inject == "learned":
             self.mix = nn.Parameter(torch.tensor([0.8, 0.3]))
         self.tie()
@@ -661,7 +667,7 @@ class StackModule(nn.Module):
 
 def run_stack(module, x, ctx):
     """The stream after all blocks, the sum of their auxiliary values, and all states."""
-    stack, aux, states = module.stack, None, []
+    stack, aux, states, saved = module.stack, None, [], []
     x = to_layout(x, stack.layout)
     if stack.trunk == "deferred":
         hidden, residual = x, None
@@ -674,10 +680,8 @@ def run_stack(module, x, ctx):
             x = unpack(stack.carry, module.blocks(pack(stack.carry, x, ctx)))
         else:
             x = module.blocks(x)
-    elif stack.carry in STATES and (stack.inject, stack.pad, stack.states) == (
-        "none",
-        False,
-        False,
+    elif stack.carry in STATES and (
+        stack.inject == "none" and not stack.pad and stack.states == "none"
     ):
         state = pack(stack.carry, x, ctx)
         for block in module.order:
@@ -693,11 +697,18 @@ def run_stack(module, x, ctx):
                 x = module.mix[0] * x + module.mix[1] * first
             elif k and stack.inject == "plain":
                 x = x + first
+            elif stack.inject == "feature":  # of the tokens, not of the stream
+                x = x + module.feature(ctx["like"])
+            elif stack.inject == "unet" and saved and 2 * k >= len(module.order):
+                x = x + 0.5 * saved.pop()
+            saved.append(x)
             x, extra = run_block(stack, block, x, ctx, first)
-            if stack.states:
+            if stack.states != "none":
                 states.append(x)
             if extra is not None:
                 aux = extra if aux is None else aux + extra
+        if stack.states == "sum":  # of all layers, weighted
+            x, states = sum((0.5 + k) * state for k, state in enumerate(states)), []
         if stack.inject == "long":
             x = x + first
     return from_layout(x, stack.layout, ctx["like"]), aux, states
@@ -787,9 +798,9 @@ class Model(nn.Module):
             )
         ends = {"towers": len(spec.stacks), "fork": len(spec.stacks) - 1}.get(spec.topology, 1)
         last = self.widths[-1] * ends
-        if spec.head in ("norm", "logits"):
+        if spec.head in ("norm", "logits", "pool"):
             self.norm = nn.LayerNorm(last)
-        if spec.head in ("linear", "logits"):
+        if spec.head in ("linear", "logits", "pool"):
             self.out = nn.Linear(last, VOCABULARY)
         if spec.head == "cubic":
             self.out = CubicHead(last)
@@ -834,9 +845,11 @@ class Model(nn.Module):
 
     def finish(self, x):
         head = self.spec.head
-        if head in ("norm", "logits"):
+        if head == "pool":
+            x = x[:, -1]
+        if head in ("norm", "logits", "pool"):
             x = self.norm(x)
-        if head in ("linear", "logits", "cubic"):
+        if head in ("linear", "logits", "cubic", "pool"):
             x = self.out(x)
         if head == "logits":
             x = 5 * torch.tanh(x / 5)
@@ -901,7 +914,7 @@ def build(spec):
             for parameter in model.parameters():
                 if parameter.dim() <= 2 and (parameter.dim() < 2 or parameter.shape[-1] == 1):
                     parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.double() if spec.double else model
 
 
 def make_inputs(spec, batch=None, length=None, seed=1):
@@ -911,7 +924,8 @@ def make_inputs(spec, batch=None, length=None, seed=1):
 
     def one(length):
         if spec.stem == "states":
-            return torch.randn(batch, length, spec.width, generator=generator)
+            x = torch.randn(batch, length, spec.width, generator=generator)
+            return x.double() if spec.double else x
         return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
 
     two = spec.topology in ("encdec", "joint")

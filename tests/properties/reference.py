@@ -44,6 +44,7 @@ def open_readings(spec):
                 (True, False) if trailing else (True,),
                 (False, True) if stack.inject == "long" else (False,),
                 (False, True) if headed else (False,),
+                (False, True) if stack.states == "sum" else (False,),
             )
         ])  # fmt: skip
     return options
@@ -54,11 +55,13 @@ class Reading(NamedTuple):
 
     `long_first`: the streams are collapsed, then a skip around all of them is added.
     `head_first`: the model's final norm is applied to each stream, then they are collapsed.
+    `sum_first`: states of all layers are summed stream by stream, then collapsed.
     """
 
     norm_last: bool = True
     long_first: bool = False
     head_first: bool = False
+    sum_first: bool = False
 
 
 class Reference:
@@ -104,6 +107,9 @@ class Reference:
             seen[:] = [f]
             if isinstance(f, tuple):
                 f = f[0] + f[1]
+            if step.site.scale == "gated":
+                f = f * torch.sigmoid(step.gate(h))
+                seen[:] = [f]
             if step.site.place == "output":
                 f = step.output.dense(f)
             if step.site.scale == "alpha":
@@ -223,7 +229,7 @@ class StackRun:
         self.module, self.stack = reference.model.stacks[k], reference.spec.stacks[k]
         self.reading, self.order = reference.readings[k], reference.model.stacks[k].order
         self.streams = self.start = reference.expand(x, k)
-        self.number, self.aux, self.states, self.end = 0, None, [], None
+        self.number, self.aux, self.states, self.end, self.saved = 0, None, [], None, []
         self.layout = self.stack.layout if self.stack.layout != "btc" else self.stack.inner
 
     def block(self, index):
@@ -239,6 +245,11 @@ class StackRun:
             self.streams = mix[0] * self.streams + mix[1] * self.start
         elif index and stack.inject == "plain":
             self.streams = self.streams + self.start
+        elif stack.inject == "feature":
+            self.streams = self.streams + self.module.feature(self.ctx["like"]).unsqueeze(-2)
+        elif stack.inject == "unet" and self.saved and 2 * index >= len(self.order):
+            self.streams = self.streams + 0.5 * self.saved.pop()
+        self.saved.append(self.streams)
         for j, step in enumerate(block.steps):
             seen.clear()
             if step.site.norm == "before":
@@ -253,10 +264,14 @@ class StackRun:
         self.observe(block, seen, final)
         if stack.hook == "halve":
             self.streams = 0.5 * self.streams
+        if stack.states == "out":
+            self.states.append(self.end_state() if final else self.streams.mean(-2))
+        elif stack.states == "sum":
+            whole = self.reading.sum_first or final
+            state = self.streams if whole else self.streams.mean(-2, keepdim=True)
+            self.states.append((0.5 + index) * state)
         if final:
             self.finish()
-        if stack.states:
-            self.states.append(self.end_state() if final else self.streams.mean(-2))
 
     def observe(self, block, seen, final):
         """What the block returns beside the stream."""
@@ -279,7 +294,13 @@ class StackRun:
         collapse, streams = self.reference.collapse, self.streams
         if self.reading.head_first and self.k == len(self.reference.spec.stacks) - 1:
             streams = self.reference.model.norm(streams)
+        if stack_sum := self.stack.states == "sum":
+            *middle, streams = self.states
+            streams = streams + sum(s for s in middle if s.shape == streams.shape)
         self.end = collapse(streams, self.k)
+        if stack_sum:
+            self.end = self.end + sum(s.squeeze(-2) for s in middle if s.shape != streams.shape)
+            self.states = []
         if self.stack.inject == "long":
             early = self.reading.long_first or streams.shape[-2] == 1
             start = self.start

@@ -51,7 +51,7 @@ class Stack(Plain):
     checkpoint: str = "none"
     aux: str = "none"
     pad: bool = False  # tokens are weighted between the blocks
-    states: bool = False  # the model returns the state behind each block
+    states: str = "none"  # the model returns the state behind each block, or their sum
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,6 +67,7 @@ class Spec(Plain):
     batch: int = 2
     length: int = 5
     n: int = 2
+    double: bool = False
     seed: int = 0
 
 
@@ -75,7 +76,7 @@ class Spec(Plain):
 NORMS = ("pre", "post", "sandwich", "none", "branch", "before")
 NORM_KINDS = ("layer", "own", "rms")
 SCALES = ("none", "constant", "layer", "alpha", "addcmul", "minus", "skip", "skip_scalar",
-          "skip_vector", "alpha_skip", "addcmul_skip", "adaptive", "highway")  # fmt: skip
+          "skip_vector", "alpha_skip", "addcmul_skip", "adaptive", "gated", "highway")  # fmt: skip
 WRITES = ("x+f", "f+x", "torch", "method", "iadd", "add_", "f_add_")
 IN_PLACE = ("iadd", "add_", "f_add_")
 BODIES = ("mlp", "cubic", "swiglu", "gated_cubic", "attention", "rotary", "relative", "conv", "ssm",
@@ -130,13 +131,16 @@ def stacks(draw, cross=False, largest=3):
         layout=draw(st.sampled_from(("btc",) * 6 + ("flat", "tbc", "bct"))),
         inner=draw(st.sampled_from(("btc",) * 6 + ("flat", "tbc", "bct"))),
         inject=draw(
-            st.sampled_from(("none",) * 6 + ("constant", "learned", "plain", "long", "inside"))
+            st.sampled_from(
+                ("none",) * 6
+                + ("constant", "learned", "plain", "long", "inside", "feature", "unet")
+            )
         ),
         repeat=draw(st.integers(0, 5)) == 5,
         tied=draw(st.sampled_from(("none", "none", "none", "modules", "parameters"))),
         hook=draw(st.sampled_from(("none",) * 4 + ("after", "before", "halve"))),
         pad=draw(st.integers(0, 5)) == 5,
-        states=draw(st.integers(0, 5)) == 5,
+        states=draw(st.sampled_from(("none",) * 8 + ("out", "sum"))),
         checkpoint=draw(st.sampled_from(("none", "none", "none", "plain", "reentrant"))),
         aux=draw(st.sampled_from(("none", "branch", "peek"))),
     )
@@ -155,19 +159,20 @@ def specs(draw):
         count = draw(st.integers(2, 3))
     if topology == "fork":
         count = 3
+    crosses = [topology == "encdec" and k == 1 for k in range(count)]
+    largest = 3 if count == 1 else 2
     spec = Spec(
-        stacks=tuple(
-            draw(stacks(cross=topology == "encdec" and k == 1, largest=3 if count == 1 else 2)) for k in range(count)
-        ),
+        stacks=tuple(draw(stacks(cross, largest)) for cross in crosses),
         topology=topology,
         in_root=draw(st.booleans()),
         stem=draw(st.sampled_from(("embed", "states", "positions", "normed", "sum"))),
-        head=draw(st.sampled_from(("norm", "none", "linear", "logits", "cubic"))),
+        head=draw(st.sampled_from(("norm", "none", "linear", "logits", "pool", "cubic"))),
         width=draw(st.sampled_from((6, 5, 7, 8, 12))),
         batch=draw(st.integers(1, 3)),
         length=draw(st.integers(2, 6)),
         n=draw(st.integers(1, 4)),
         seed=draw(st.integers(0, 999)),
+        double=draw(st.integers(0, 5)) == 5,
     )  # fmt: skip
     return valid(spec)
 
@@ -182,17 +187,21 @@ def _valid_stack(stack, spec, k):
         other = spec.stacks[0]
         stack = replace(
             stack, trunk="loop", carry="tensor", layout="btc", inject="none", repeat=False,
-            checkpoint="none", aux="none", pad=False, states=False,
+            checkpoint="none", aux="none", pad=False, states="none",
             blocks=(stack.blocks * 3)[: len(other.blocks)],
         )  # fmt: skip
     if spec.topology == "joint" and stack.inner == "bct":  # the joint attention is not
         stack = replace(stack, inner="tbc")
     if stack.trunk in ("sequential", "deferred") or stack.layout != "btc":
-        stack = replace(stack, pad=False, states=False)
+        stack = replace(stack, pad=False, states="none")
     if stack.trunk == "root":
         stack = replace(stack, inner="btc", carry="tensor", hook="none", checkpoint="none")
     if stack.hook == "halve" and stack.carry not in ("tensor", "keyword"):
         stack = replace(stack, hook="after")
+    if stack.inject == "feature" and (spec.stem == "states" or stack.layout != "btc"):
+        stack = replace(stack, inject="constant")
+    if stack.states == "sum" and stack.inject in ("long", "unet"):
+        stack = replace(stack, inject="none")
     if stack.inject == "inside" and (stack.trunk == "root" or stack.carry != "tensor"):
         stack = replace(stack, inject="constant")
     cross = spec.topology == "encdec" and k == 1
@@ -221,7 +230,7 @@ def _valid_stack(stack, spec, k):
     total = sum(len(sites) for sites in stack.blocks)
     # The model's own input, and a state that is read later, must not be overwritten.
     # A checkpointed block would be recomputed from what it wrote.
-    read_later = stack.inject != "none" or stack.states or stack.checkpoint != "none"
+    read_later = stack.inject != "none" or stack.states != "none" or stack.checkpoint != "none"
     shared = spec.topology in ("towers", "interleaved", "joint", "fork")
     keep = read_later or shared or spec.stem == "states" or stack.layout != "btc"
     keep |= stack.aux == "branch" or "adaptive" in [s.scale for b in stack.blocks for s in b]
@@ -236,8 +245,12 @@ def _valid_site(site, stack, spec, total, keep):
     changes = {}
     bare = stack.trunk == "sequential" and stack.carry == "tensor"  # nothing but the stream
     plain = (stack.layout, stack.inner) == ("btc", "btc")
+    if spec.double:
+        site = replace(site, cast="none")
     labelled = spec.stem != "states" and spec.topology != "stages"
     if site.scale == "adaptive" and (bare or not plain or not labelled):
+        site = replace(site, scale="layer")
+    if site.scale == "gated" and (not plain or site.place == "inside" or site.body == "parallel"):
         site = replace(site, scale="layer")
     if site.scale == "highway":
         site = replace(site, write="x+f", scale="highway" if plain else "skip")

@@ -177,6 +177,8 @@ def parameters_of(spec, model, sites):
 
 
 def check_gradients(model, inputs):
+    """In training mode, which the library has not seen yet; a dropped path has no gradient."""
+    model.train("path" not in [site.drop for site in all_sites(model.spec)])
     inputs = [i.clone().requires_grad_() if i.is_floating_point() else i for i in inputs]
     total = sum((out * torch.randn_like(out)).sum() for out in results(model, inputs))
     total.backward()
@@ -185,6 +187,7 @@ def check_gradients(model, inputs):
         assert bool(parameter.grad.isfinite().all()), f"gradient not finite: {name}"
         assert float(parameter.grad.abs().max()) > 0, f"gradient is zero: {name}"
     model.zero_grad()
+    model.eval()
 
 
 def outcome(spec):
