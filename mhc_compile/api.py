@@ -29,15 +29,17 @@ from mhc_compile.passes.install_blocks import (
 )
 from mhc_compile.passes.native import refuse_native
 from mhc_compile.passes.prepare_blocks import ask_once, prepare_blocks
-from mhc_compile.passes.record import record_forward
+from mhc_compile.passes.record import Recording, record_forward
 from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings
 from mhc_compile.passes.undo import rehearsed, remember_random_state, unchanged_on_error
 
 STEP0_TOLERANCE = 1e-3
 """Largest step-0 difference, relative to the output's range, that `transform` lets pass.
 
-A right rewrite in float32 stays below 1e-6; bfloat16 rounds each sum of streams to 4e-3, so the
-check only runs for parameters of 32 bits and more."""
+A right rewrite in float32 stays below 1e-6; results with fewer bits are not compared."""
+REDUCED_TOLERANCE = 0.05
+"""The same where a float32 result was computed with fewer bits inside: bfloat16 rounds to 4e-3, and
+sums of streams differ from the plain state in their last bit, which may round the other way."""
 
 
 def transform(
@@ -100,7 +102,7 @@ def transform(
         hook_surroundings(model, plan.blocks)
         with _evaluation(model), rehearsed(model):
             same_random_state()
-            _check_step0(model, config, inputs, recording.result)
+            _check_step0(model, config, inputs, recording)
     return model
 
 
@@ -228,12 +230,13 @@ def _check_plan(model: nn.Module, plan: Plan, strict: bool) -> None:
     )
 
 
-def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, before: Any) -> None:
+def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, recording: Recording) -> None:
     """Runs the rewritten model and compares it with the recorded result."""
+    tolerance = REDUCED_TOLERANCE if recording.reduced else STEP0_TOLERANCE
     args, kwargs = inputs
     with torch.no_grad():
         after = model(*args, **kwargs)
-    wanted, got = tensor_leaves(before), tensor_leaves(after)
+    wanted, got = tensor_leaves(recording.result), tensor_leaves(after)
     if len(wanted) != len(got):
         raise MHCError(
             f"the rewritten {type(model).__name__} returns {len(got)} tensors instead of "
@@ -247,14 +250,14 @@ def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, before: An
             )
         exact = a.is_floating_point() and a.element_size() >= 4 and a.device.type != "meta"
         if exact and config.init == "preserve":
-            _compare(model, a, b)
+            _compare(model, a, b, tolerance)
 
 
-def _compare(model: nn.Module, a: Tensor, b: Tensor) -> None:
+def _compare(model: nn.Module, a: Tensor, b: Tensor, tolerance: float) -> None:
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, torch.zeros_like(a), (a - b).abs()).max() if a.numel() else 0.0
     scale = max(1.0, float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 1.0)
-    if not float(difference) <= STEP0_TOLERANCE * scale:
+    if not float(difference) <= tolerance * scale:
         raise MHCError(
             f"the rewritten {type(model).__name__} differs from the original by "
             f"{float(difference):.3g} at step 0, where init='preserve' promises equality; is its "

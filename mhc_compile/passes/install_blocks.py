@@ -107,8 +107,8 @@ class BlockRewrite:
             result = apply_writes(variant.writes, find, result)
         if self.config.streams > 1 and not torch.compiler.is_compiling():
             for segment in self.plan.segments:
-                if segment.output is not None:
-                    setattr(tensor_leaves(result)[segment.output], MARK, True)
+                for k in segment.outputs:
+                    setattr(tensor_leaves(result)[k], MARK, True)
         return result
 
 
