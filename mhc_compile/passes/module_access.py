@@ -27,6 +27,8 @@ _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.En
 _MANY = 16
 _MISSING = object()
 _INTERNALS = frozenset(nn.Module().__dict__) | {"training"}
+# Hugging Face's layers ask for it in a wrapper that leaves checkpointing to the rewritten class.
+_UNGUARDED = frozenset({"gradient_checkpointing"})
 
 
 class ModuleAccess:
@@ -109,7 +111,7 @@ class ModuleAccess:
                 return self.tracer.attribute(full, value)
             if known is not value and known is not _MISSING and id(owner) in self.tracer.modules:
                 return self.tracer.late_attribute(owner, name, value)
-            if not computed and value == value:
+            if not computed and value == value and full not in _UNGUARDED:
                 node = self.tracer.attribute(full, value)._mhc_node
                 self.tracer.guards.add(node, _copied(value), user_source())
         elif not computed and _is_plain_object(value):
