@@ -90,11 +90,14 @@ def force_eager() -> Iterator[None]:
 
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and mappings, in order."""
+    """The tensors in nested tuples, lists, mappings and dataclass objects, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict) or hasattr(value, "items"):
         return [t for v in dict(value.items()).values() for t in tensor_leaves(v)]
     if isinstance(value, tuple | list):
         return [t for v in value for t in tensor_leaves(v)]
+    if hasattr(type(value), "__dataclass_fields__") and not isinstance(value, torch.nn.Module):
+        names = type(value).__dataclass_fields__
+        return [t for name in names for t in tensor_leaves(getattr(value, name, None))]
     return []

@@ -87,8 +87,9 @@ def transform(
         with _evaluation(model), rehearsed(model):
             inputs = resolve_inputs(model, example_inputs)
             recording = record_forward(model, *inputs)  # record
-            plan = plan_rewrite(recording, filter_fn)  # find
-            _check_plan(model, plan, strict)
+        plan = plan_rewrite(recording, filter_fn)  # find
+        _check_plan(model, plan, strict)
+        with _evaluation(model), rehearsed(model):
             rewrites = _rewrite_blocks(model, plan, config, inputs)  # trace .. check
         for name, rewrite in rewrites.items():
             install_block(model.get_submodule(name), rewrite)  # install

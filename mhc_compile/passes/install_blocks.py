@@ -33,8 +33,8 @@ from mhc_compile.passes.call_paths import argument_at, positional_names
 from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.passes.open_arguments import find_open_arguments
 from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
-from mhc_compile.passes.trace_block import trace_block, warn_of_notes
-from mhc_compile.passes.trace_inputs import Write, apply_writes
+from mhc_compile.passes.trace_block import TracedBlock, trace_block, warn_of_notes
+from mhc_compile.passes.trace_inputs import Write, finish_result
 from mhc_compile.runtime.guards import GuardMismatch
 from mhc_compile.runtime.modules import MARK, HyperConnection, StreamCollapse
 
@@ -51,6 +51,7 @@ class Variant:
     function: Callable[..., Any]
     order: tuple[int, ...]
     writes: tuple[Write, ...] = ()
+    kind: type | None = None
 
 
 @dataclass
@@ -101,10 +102,10 @@ class BlockRewrite:
     ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
         result = variant.function(block, *[leaves[i] for i in variant.order])
-        if variant.writes:
+        if variant.writes or variant.kind is not None:
             forward = self.original.forward
             find = partial(argument_at, forward, args, kwargs)
-            result = apply_writes(variant.writes, find, result)
+            result = finish_result(variant.writes, variant.kind, find, result)
         if self.config.streams > 1 and not torch.compiler.is_compiling():
             for segment in self.plan.segments:
                 shape = (self.config.streams, segment.sites[0].channels)
@@ -140,7 +141,7 @@ def trace_variant(
     add_guards(traced)
     graph = rewrite_block(block, rewrite.plan, rewrite.config, traced, label)
     order = leaf_order(forward, args, kwargs, rewrite.open_names)
-    variant = _generate(rewrite, graph, order, traced.writes)
+    variant = _generate(rewrite, graph, order, traced)
     known.append(variant)
     return variant
 
@@ -247,7 +248,7 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _generate(
-    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], writes: tuple[Write, ...]
+    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], traced: TracedBlock
 ) -> Variant:
     code = graph.python_code("self")
     count = sum(map(len, rewrite.variants.values()))
@@ -257,7 +258,7 @@ def _generate(
     scope = dict(code.globals)
     exec(compile(code.src, name, "exec"), scope)
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    return Variant(code.src.strip(), scope["forward"], order, writes)
+    return Variant(code.src.strip(), scope["forward"], order, traced.writes, traced.kind)
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

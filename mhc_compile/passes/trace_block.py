@@ -33,14 +33,14 @@ from mhc_compile.passes.opened_modules import call_opened
 from mhc_compile.passes.python_effects import PythonEffects
 from mhc_compile.passes.record import patched_module_call
 from mhc_compile.passes.trace_guards import Guard
-from mhc_compile.passes.trace_inputs import Write, add_inputs
+from mhc_compile.passes.trace_inputs import Write, add_inputs, plain
 from mhc_compile.passes.trace_patches import (
     inlined_script_functions,
     patched_factories,
     patched_isinstance,
-    side_effects_undone,
 )
 from mhc_compile.passes.tracer import CONSTANTS, Restart, Tracer
+from mhc_compile.passes.undo import rehearsed
 from mhc_compile.passes.whole_calls import kept_autograd_functions, kept_checkpoints
 
 __all__ = ["CONSTANTS", "TracedBlock", "trace_block"]
@@ -56,7 +56,8 @@ class TracedBlock:
     values on which the block's control flow depended; `inspected` tells that the code asked for
     the type of an argument that was None. `opened` are the submodules that were traced into, with
     their class and whether they have hooks. `writes` are containers among the arguments that the
-    forward changes: the graph then returns `(result, contents)`. `notes` tell what is otherwise
+    forward changes: the graph then returns `(result, contents)`. `kind` is the class of the result
+    if that is a dataclass; the graph returns a dict of its fields. `notes` tell what is otherwise
     than in the original, although it computes the same.
     """
 
@@ -66,6 +67,7 @@ class TracedBlock:
     inspected: bool = False
     opened: dict[str, tuple[type, bool, str]] = field(default_factory=dict)
     writes: tuple[Write, ...] = ()
+    kind: type | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -153,7 +155,7 @@ def trace_block(
 
 def _trace_once(task: _Task, preparation: Preparation) -> TracedBlock:
     tracer = Tracer(task.block, task.opened, task.label, task.sites, call_opened)
-    with side_effects_undone(task.block), torch.no_grad():
+    with rehearsed(task.block), torch.no_grad():
         args, kwargs, containers = add_inputs(
             tracer, task.forward, task.args, task.kwargs, task.open_names
         )
@@ -168,13 +170,15 @@ def _trace_once(task: _Task, preparation: Preparation) -> TracedBlock:
                 effects.check()
                 access.check_containers(effects.line_of_attribute)
                 changed = containers.changed(out)
+            returned = plain(out)
+            kind = type(out) if returned is not out else None
             if changed:
-                out = (out, tuple(content for _, content in changed))
-            tracer.graph.output(tracer.create_arg(out))
+                returned = (returned, tuple(plain(content) for _, content in changed))
+            tracer.graph.output(tracer.create_arg(returned))
     tracer.guards.flush()
     return TracedBlock(
         tracer.graph, tracer.inputs, tracer.guards.guards, tracer.inspected, tracer.opened_seen,
-        tuple(write for write, _ in changed), tuple(dict.fromkeys(tracer.notes)),
+        tuple(write for write, _ in changed), kind, tuple(dict.fromkeys(tracer.notes)),
     )  # fmt: skip
 
 

@@ -149,6 +149,8 @@ class Tracer:
         if id(module) in self.opened:
             return self.call_opened(self, module, args, kwargs)
         name = self.modules.get(id(module))
+        if name is None and next(module.parameters(), next(module.buffers(), None)) is None:
+            return module.forward(*args, **kwargs)  # made in the forward, such as nn.Softmax(-1)(x)
         if name is None:
             raise TraceError(
                 f"{self.label} calls a {type(module).__name__} at {here()} that is not one of its "

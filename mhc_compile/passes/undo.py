@@ -1,51 +1,73 @@
-"""Atomic changes of a model."""
+"""Atomic changes of a model, and runs that leave no trace in it."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 
+class Snapshot:
+    """Classes, attributes, children, hooks, modes and buffers of a module and all inside it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self.classes = [type(m) for m in self.modules]
+        self.attributes = [dict(m.__dict__) for m in self.modules]
+        self.inner = [
+            (module, value, copy.copy(value))
+            for module in self.modules for value in module.__dict__.values()
+            if isinstance(value, dict | list | set | collections.deque)
+        ]  # fmt: skip
+        self.buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for module, cls in zip(self.modules, self.classes, strict=True):
+            module.__class__ = cls
+        self._restore(set())
+
+    def restore_run(self) -> None:
+        """Puts back what a run changed; lazy modules stay what the run made of them."""
+        pairs = zip(self.modules, self.classes, strict=True)
+        self._restore({id(m) for m, cls in pairs if type(m) is not cls})
+
+    def _restore(self, without: set[int]) -> None:
+        for module, attributes in zip(self.modules, self.attributes, strict=True):
+            if id(module) not in without:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+        for module, value, before in self.inner:
+            if id(module) not in without:
+                value.clear()
+                (value.update if isinstance(value, dict | set) else value.extend)(before)
+        for buffer, values in self.buffers:
+            buffer.data.copy_(values)
+
+
 @contextlib.contextmanager
 def rehearsed(model: nn.Module) -> Iterator[None]:
-    """Runs a model for information only: buffers and random state are put back afterwards."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    """Runs a module for information only: its state and random numbers are put back afterwards."""
+    snapshot = Snapshot(model)
     tensors = [*model.parameters(), *model.buffers()]
     devices = sorted({str(t.device) for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            snapshot.restore_run()
 
 
 @contextlib.contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Puts every module's class, attributes, children, hooks and mode back if the body raises."""
-    modules = list(model.modules())
-    classes = [type(m) for m in modules]
-    attributes = [dict(m.__dict__) for m in modules]
-    inner = [
-        {key: type(value)(value) for key, value in m.__dict__.items() if isinstance(value, dict)}
-        for m in modules
-    ]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    snapshot = Snapshot(model)
     try:
         yield
     except BaseException:
-        for module, cls, outer, dicts in zip(modules, classes, attributes, inner, strict=True):
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(outer)
-            for key, before in dicts.items():
-                current = module.__dict__[key]
-                current.clear()
-                current.update(before)
-        for buffer, values in buffers:
-            buffer.data.copy_(values)
+        snapshot.restore()
         raise
