@@ -36,6 +36,7 @@ from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
 from mhc_compile.passes.trace_block import TracedBlock, trace_block, warn_of_notes
 from mhc_compile.passes.trace_inputs import Write, finish_result
 from mhc_compile.runtime.guards import GuardMismatch
+from mhc_compile.runtime.modes import enter_autocast, left_on_error, set_grad_mode
 from mhc_compile.runtime.modules import MARK, HyperConnection, StreamCollapse
 
 ATTRIBUTE = "mhc"
@@ -52,6 +53,7 @@ class Variant:
     order: tuple[int, ...]
     writes: tuple[Write, ...] = ()
     kind: type | None = None
+    modes: bool = False
 
 
 @dataclass
@@ -101,7 +103,12 @@ class BlockRewrite:
         leaves: list[Any],
     ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
-        result = variant.function(block, *[leaves[i] for i in variant.order])
+        inputs = [leaves[i] for i in variant.order]
+        if variant.modes and not torch.compiler.is_compiling():
+            with left_on_error():
+                result = variant.function(block, *inputs)
+        else:
+            result = variant.function(block, *inputs)
         if variant.writes or variant.kind is not None:
             forward = self.original.forward
             find = partial(argument_at, forward, args, kwargs)
@@ -161,6 +168,12 @@ def prepare_block(
         raise UnsupportedResidualError(
             f"block {plan.name!r} ({type(block).__name__}) already has an attribute "
             f"{ATTRIBUTE!r}, which mhc_compile needs for its parameters; rename it"
+        )
+    if "forward" in block.__dict__:
+        raise UnsupportedResidualError(
+            f"block {plan.name!r} ({type(block).__name__}) has a forward of its own on the "
+            "instance, as accelerate's hooks put there, which would hide the rewritten one; remove "
+            "it first and put it back afterwards"
         )
     rewrite = BlockRewrite(plan, config, type(block))
     # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
@@ -258,7 +271,9 @@ def _generate(
     scope = dict(code.globals)
     exec(compile(code.src, name, "exec"), scope)
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    return Variant(code.src.strip(), scope["forward"], order, traced.writes, traced.kind)
+    modes = any(n.target in (set_grad_mode, enter_autocast) for n in graph.nodes)
+    function = scope["forward"]
+    return Variant(code.src.strip(), function, order, traced.writes, traced.kind, modes)
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

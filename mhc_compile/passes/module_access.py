@@ -81,7 +81,7 @@ class ModuleAccess:
                 )
             register(module, name, param)
 
-        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign, assignment]
         nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign, assignment]
         nn.Module.__getattr__ = __getattr__  # type: ignore[method-assign]
         nn.Module.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]

@@ -216,7 +216,7 @@ Closure, Nonlocal = make_closure(KEPT)
 
 REFUSED = [
     (ListOnSelf, "self.kept.append", "self.kept"),
-    (NewModule, "self.extra = ", "extra"),
+    (NewModule, "self.extra = ", "Linear"),
     (ChangesAGlobal, "CALLS += 1", "CALLS"),
     (AppendsToAGlobal, "LOG.append", "LOG"),
     (ChangesAClass, "Settings.last = x", "Settings.last"),
