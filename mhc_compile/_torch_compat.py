@@ -20,6 +20,7 @@ __all__ = [
     "WeakIdKeyDictionary",
     "WeakIdRef",
     "autocast_state",
+    "compiled_module",
     "force_eager",
     "is_internal",
     "no_nested_tensor_fastpath",
@@ -87,6 +88,17 @@ def force_eager() -> Iterator[None]:
     """Runs functions decorated with torch.compile uncompiled, so that passes see inside."""
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """What `torch.compile(module)` wraps, None for other modules.
+
+    The wrapper calls it by a method that was bound before anything could be patched.
+    """
+    if type(module).__name__ != "OptimizedModule":
+        return None
+    inner = module._modules.get("_orig_mod")
+    return inner
 
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:

