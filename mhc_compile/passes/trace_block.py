@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -86,6 +87,10 @@ class Preparation:
         return None if item in known else replace(self, **{kind: known | {item}})
 
 
+_prepared: weakref.WeakKeyDictionary[Callable[..., Any], Preparation] = weakref.WeakKeyDictionary()
+"""What earlier traces of a forward needed; its later ones need the same."""
+
+
 @dataclass(frozen=True)
 class _Task:
     block: nn.Module
@@ -130,16 +135,18 @@ def trace_block(
     name = label or type(block).__name__
     task = _Task(block, forward, args, kwargs, opened, name, open_names, sites)
     codes = forward_codes([block, *map(block.get_submodule, opened)])
-    preparation, first = Preparation(), None
+    preparation, first = _prepared.get(forward, Preparation()), None
     for _ in range(_MOST_RESTARTS):
         try:
-            return _trace_once(task, preparation)
+            traced = _trace_once(task, preparation)
+            _prepared[forward] = preparation
+            return traced
         except Restart as restart:
             error: Exception = restart
             more = preparation.with_item(restart.kind, restart.item)
         except Exception as failure:
             error, first = failure, first or failure
-            function = function_to_skip(failure, codes, preparation.functions)
+            function = function_to_skip(failure, codes, preparation.functions, sites)
             more = preparation.with_item("functions", function) if function else None
         if more is None:
             break

@@ -72,13 +72,17 @@ def patched_isinstance() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched_factories(tracer: Any) -> Iterator[None]:
-    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only."""
-    names = ("ones", "zeros", "empty", "rand", "randn")
+    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only.
+
+    And `torch.from_numpy`, which torch function modes do not see.
+    """
+    names = ("ones", "zeros", "empty", "rand", "randn", "from_numpy")
     originals = {name: getattr(torch, name) for name in names}
 
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if tracer.paused or not proxies_in((args, kwargs)):
+            numpy = original.__name__ == "from_numpy"
+            if tracer.paused or not (numpy or proxies_in((args, kwargs))):
                 return original(*args, **kwargs)
             return tracer.create("call_function", original, args, kwargs)
 

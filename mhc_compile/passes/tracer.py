@@ -335,6 +335,8 @@ class Tracer:
             return self.graph.call_function(_constant(a))
         if builtins.isinstance(a, CONSTANTS) or type(a) in (int, float, complex, range):
             return a
+        if type(a).__module__ == "numpy":
+            return a.item() if a.ndim == 0 else self.graph.call_function(_array(a))
         if id(a) in self.objects:
             return self.attribute(self.objects[id(a)], a)._mhc_node
         return self._unknown(a)
@@ -416,6 +418,15 @@ def _constant(value: Any) -> Callable[[], Any]:
         return value
 
     return constant
+
+
+def _array(value: Any) -> Callable[[], Any]:
+    """A numpy array as the result of a call; what it depends on is guarded."""
+
+    def array() -> Any:
+        return value
+
+    return array
 
 
 def _public(func: Any) -> Any:
