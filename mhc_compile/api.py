@@ -92,6 +92,7 @@ def transform(
             same_random_state = remember_random_state(model)
             recording = record_forward(model, *inputs)  # record
             _check_plan(model, plan_rewrite(recording, filter_fn), strict)  # find
+        with _evaluation(model), rehearsed(model):
             same_random_state()
             plan, rewrites = prepare_blocks(  # trace .. read
                 model, recording, config, inputs, filter_fn, strict=strict

@@ -401,14 +401,12 @@ def test_a_forward_that_is_random_in_evaluation_mode():
 class FailsLater(NanoGPT):
     """Its third forward fails: the check at step 0, when the blocks are installed."""
 
-    def __init__(self):
-        super().__init__()
-        self.calls = 0
+    calls = 0
 
     def forward(self, idx):
-        self.calls += 1
+        FailsLater.calls += 1  # transform puts back what a run leaves on the model itself
         self.last = idx
-        if self.calls > 2:
+        if FailsLater.calls > 2:
             raise UsersOwnError("third call")
         return super().forward(idx)
 

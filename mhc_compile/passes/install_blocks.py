@@ -33,9 +33,10 @@ from mhc_compile.passes.call_paths import argument_at, positional_names
 from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.passes.open_arguments import find_open_arguments
 from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
-from mhc_compile.passes.trace_block import trace_block, warn_of_notes
-from mhc_compile.passes.trace_inputs import Write, apply_writes
+from mhc_compile.passes.trace_block import TracedBlock, trace_block, warn_of_notes
+from mhc_compile.passes.trace_inputs import Write, finish_result
 from mhc_compile.runtime.guards import GuardMismatch
+from mhc_compile.runtime.modes import enter_autocast, left_on_error, set_grad_mode
 from mhc_compile.runtime.modules import MARK, HyperConnection, StreamCollapse
 
 ATTRIBUTE = "mhc"
@@ -51,6 +52,8 @@ class Variant:
     function: Callable[..., Any]
     order: tuple[int, ...]
     writes: tuple[Write, ...] = ()
+    kind: type | None = None
+    modes: bool = False
 
 
 @dataclass
@@ -100,11 +103,16 @@ class BlockRewrite:
         leaves: list[Any],
     ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
-        result = variant.function(block, *[leaves[i] for i in variant.order])
-        if variant.writes:
+        inputs = [leaves[i] for i in variant.order]
+        if variant.modes and not torch.compiler.is_compiling():
+            with left_on_error():
+                result = variant.function(block, *inputs)
+        else:
+            result = variant.function(block, *inputs)
+        if variant.writes or variant.kind is not None:
             forward = self.original.forward
             find = partial(argument_at, forward, args, kwargs)
-            result = apply_writes(variant.writes, find, result)
+            result = finish_result(variant.writes, variant.kind, find, result)
         if self.config.streams > 1 and not torch.compiler.is_compiling():
             for segment in self.plan.segments:
                 for k in segment.outputs:
@@ -138,7 +146,7 @@ def trace_variant(
     add_guards(traced)
     graph = rewrite_block(block, rewrite.plan, rewrite.config, traced, label)
     order = leaf_order(forward, args, kwargs, rewrite.open_names)
-    variant = _generate(rewrite, graph, order, traced.writes)
+    variant = _generate(rewrite, graph, order, traced)
     known.append(variant)
     return variant
 
@@ -158,6 +166,12 @@ def prepare_block(
         raise UnsupportedResidualError(
             f"block {plan.name!r} ({type(block).__name__}) already has an attribute "
             f"{ATTRIBUTE!r}, which mhc_compile needs for its parameters; rename it"
+        )
+    if "forward" in block.__dict__:
+        raise UnsupportedResidualError(
+            f"block {plan.name!r} ({type(block).__name__}) has a forward of its own on the "
+            "instance, as accelerate's hooks put there, which would hide the rewritten one; remove "
+            "it first and put it back afterwards"
         )
     rewrite = BlockRewrite(plan, config, type(block))
     # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
@@ -247,7 +261,7 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _generate(
-    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], writes: tuple[Write, ...]
+    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], traced: TracedBlock
 ) -> Variant:
     code = graph.python_code("self")
     count = sum(map(len, rewrite.variants.values()))
@@ -257,7 +271,9 @@ def _generate(
     scope = dict(code.globals)
     exec(compile(code.src, name, "exec"), scope)
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    return Variant(code.src.strip(), scope["forward"], order, writes)
+    modes = any(n.target in (set_grad_mode, enter_autocast) for n in graph.nodes)
+    function = scope["forward"]
+    return Variant(code.src.strip(), function, order, traced.writes, traced.kind, modes)
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

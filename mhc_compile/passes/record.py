@@ -14,6 +14,7 @@ from mhc_compile._torch_compat import (
     TorchDispatchMode,
     WeakIdKeyDictionary,
     WeakIdRef,
+    compiled_module,
     force_eager,
     no_nested_tensor_fastpath,
     tensor_leaves,
@@ -203,7 +204,11 @@ def patched_module_call(handler: Callable[..., Any]) -> Iterator[None]:
     original = nn.Module.__call__
 
     def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return handler(original, module, args, kwargs)
+        return handler(call, module, args, kwargs)
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = compiled_module(module)
+        return original(module, *args, **kwargs) if inner is None else inner(*args, **kwargs)
 
     nn.Module.__call__ = __call__  # type: ignore[method-assign, assignment]
     try:
