@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMM := .venv-timm
 
-.PHONY: demo test test-timm lint clean
+.PHONY: demo test properties test-timm lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -13,6 +13,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# DRAWS random transformers (`make test` draws 200); MHC_TEST_SEED=7 draws anew.
+properties: DRAWS ?= 2000
+properties: $(STAMP)
+	MHC_PROPERTY_DRAWS=$(DRAWS) $(BIN)/python -m pytest -n 2 --dist worksteal tests/properties
 
 # Not part of `make test`: some 6 GB, because timm needs a torchvision that fits its torch.
 test-timm: $(TIMM)/.installed

@@ -363,7 +363,7 @@ def test_an_error_in_the_middle_of_the_install(monkeypatch, number):
 
 @pytest.mark.parametrize("error", [UsersOwnError, KeyboardInterrupt])
 @pytest.mark.parametrize(
-    "step", ["record_forward", "plan_rewrite", "prepare_block", "_check_step0"]
+    "step", ["record_forward", "plan_rewrite", "prepare_blocks", "_check_step0"]
 )
 def test_an_error_in_any_step(monkeypatch, step, error):
     def failing(*_, **__):
