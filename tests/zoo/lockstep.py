@@ -370,10 +370,10 @@ class Lockstep(Calls):
                     assert isinstance(out, torch.Tensor)
                     return self.start(made[0], out)
             return out
-        if name == "__get__" and func(*[t.streams[0] for t in held[:1]]) is None:
-            return None
-        if name == "__get__" and not leaves(func(held[0].streams[0])):
-            return func(held[0].streams[0])  # shape, dtype, device
+        if not in_place(name):
+            out = func(*mapped(args, self.first), **mapped(kwargs, self.first))
+            if not leaves(out):
+                return out  # a size, a dtype
         if self.event in self.plan.same:
             out = func(*mapped(args, self.first), **mapped(kwargs, self.first))
             if leaves(out):
@@ -418,10 +418,8 @@ class Lockstep(Calls):
         inside = site is not None and any(
             i in site.branch or nodes[b].ancestors >> i & 1 for i in made for b in site.branch
         )
-        if made and not inside:
+        if not inside:
             return sum(x.streams) / self.n
-        if site is None:
-            return x.streams[0]  # not a tensor result: a size, a dtype, a comparison of them
         if x.read is None:
             weights = (self.parameters[f"{site.connection}.{k}"] for k in ("phi", "alpha", "bias"))
             pre, post, res = mhc_maps(x.streams, *weights, "paper")
