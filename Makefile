@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test zoo lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -12,6 +12,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every check of every architecture; the table is written also where a check fails.
+zoo: $(STAMP)
+	rm -rf out/zoo
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m zoo tests/zoo || failed=1; \
+	$(BIN)/python tests/zoo/table.py && test -z "$$failed"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -329,7 +329,7 @@ class Lockstep(Calls):
             if node.event:
                 self.at.setdefault(node.event, []).append(index)
         self.sites, self.starts, self.links, self.absorbed = {}, set(), set(), {}
-        self.next_site, self.collapse_at, self.state = {}, {}, {}
+        self.next_site, self.collapse_at, self.state, self.alias = {}, {}, {}, {}
         for chain in plan.streams.values():
             for site in chain:
                 self.sites[site.add] = site
@@ -360,6 +360,8 @@ class Lockstep(Calls):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self.alias:
+            args, kwargs = mapped(args, self.known), mapped(kwargs, self.known)
         held = [t for t in leaves((args, kwargs)) if type(t) is Streams]
         made = self.at.get(self.event, [])
         if not held:
@@ -367,6 +369,9 @@ class Lockstep(Calls):
             if leaves(out) or name == "__setitem__":
                 self.count()
                 if any(i in self.starts for i in made):
+                    if in_place(name):  # a tensor that the caller holds already
+                        self.alias[id(args[0])] = self.start(made[0], args[0])
+                        return out if out is None else self.alias[id(args[0])]
                     assert isinstance(out, torch.Tensor)
                     return self.start(made[0], out)
             return out
@@ -400,6 +405,9 @@ class Lockstep(Calls):
         if leaves(out) or name == "__setitem__":
             self.count()
         return out
+
+    def known(self, tensor):
+        return self.alias.get(id(tensor), tensor)
 
     @staticmethod
     def first(tensor):
