@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from entry import GENERATE, Entry
-from models import assert_unchanged, normal, perturb, snapshot
 from lockstep import reference_result
+from models import SPREAD, assert_unchanged, normal, perturb, snapshot
 from torch import nn
 
 import mhc_compile as mc
@@ -44,14 +44,14 @@ PAD = 2
 
 
 def build(entry: Entry, seed: int = 0) -> nn.Module:
-    """A model in evaluation mode whose norms and biases are not at 1 and 0."""
+    """A model in evaluation mode; norms and biases are not at 1 and 0, gates are not closed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = entry.make().eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 1 and parameter.is_floating_point():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+                if parameter.is_floating_point() and (parameter.dim() == 1 or not parameter.any()):
+                    parameter.add_(SPREAD * torch.randn_like(parameter))
     return model
 
 

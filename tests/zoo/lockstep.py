@@ -78,7 +78,6 @@ class Node:
     terms: list = field(default_factory=list)
     line: str = ""
     modules: tuple = ()
-    shape: tuple = ()
 
 
 class Calls(TorchFunctionMode):
@@ -163,11 +162,10 @@ class Watch(Calls):
                 if tensor is result or (tensor is not None and in_place(name)):
                     self.maker[id(tensor)] = len(self.nodes)
             terms = [self.maker_at(operands, inputs, a) for a in args[:3]]
-            self.nodes.append(
-                Node(name, operands, bits, event, [t for t in terms if t is not None],
-                     caller() if name in ADDS | ADDCMULS else "", tuple(name for name, *_ in self.stack),
-                     tuple(result.size()))
-            )  # fmt: skip
+            terms = [t for t in terms if t is not None]
+            line = caller() if name in ADDS | ADDCMULS else ""
+            modules = tuple(module for module, *_ in self.stack)
+            self.nodes.append(Node(name, operands, bits, event, terms, line, modules))
         return out
 
     @staticmethod
@@ -398,6 +396,7 @@ class Lockstep(Calls):
                 for i in range(self.n)
             ]  # fmt: skip
             return self.done(made[0], out, held[0] if in_place(name) else None)
+
         def read(t):
             return self.read(t, made)
 
@@ -418,7 +417,7 @@ class Lockstep(Calls):
         return tensor.streams[i] if type(tensor) is Streams else tensor
 
     def read(self, x, made):
-        """h = pre(x) for the sublayer; whatever else looks at the stream gets the mean."""
+        """For a sublayer h = pre(x); whatever else looks at the stream gets the mean."""
         if type(x) is not Streams:
             return x
         site = self.next_site.get(x.node)

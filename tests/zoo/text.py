@@ -337,8 +337,8 @@ ENCODERS = (
             config="IBert", refused=("control flow depends on data", 0)),
     encoder("MobileBERT", (4, 4), "a layer narrows the state, adds 4 feed-forward nets to it, "
             "and widens it again: 4 adds a layer, within the one add around the layer; attention "
-            "reads another projection than the one it is added to", config="MobileBert", embedding_size=32, true_hidden_size=16,
-            intra_bottleneck_size=16, num_feedforward_networks=4, normalization_type="layer_norm"),
+            "reads another projection than the one it is added to", config="MobileBert",
+            embedding_size=32, true_hidden_size=16, intra_bottleneck_size=16, num_feedforward_networks=4, normalization_type="layer_norm"),
     encoder("LiLT", (4, 2), "two streams, text and layout, each 2 layers x (attention, MLP); the "
             "model returns no layout state, so that of the last layer is unused",
             config="Lilt", model="LiltModel", result=last_hidden_state, inputs=boxes,
@@ -403,15 +403,16 @@ ENCODER_DECODERS = (
     seq2seq("LongT5 global", config="LongT5", encoder_attention_type="transient-global",
             local_radius=3, global_block_size=4, inputs=long_source, **T5_LIKE),
     seq2seq("Switch Transformers", config="SwitchTransformers", num_experts=4,
-            num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=16,
-            **T5_LIKE),
+            num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+            expert_capacity=16, **T5_LIKE),
     seq2seq("BART", config="Bart", **BART_LIKE),
     seq2seq("mBART", config="MBart", **BART_LIKE),
     seq2seq("PLBART", config="PLBart", **BART_LIKE),
     seq2seq("MVP", config="Mvp", **BART_LIKE),
     seq2seq("Pegasus", **BART_LIKE),
     seq2seq("PEGASUS-X", (4, 2, 6), ENCODER_DECODER + "; the encoder's global tokens are a second "
-            "stream, unused behind the last layer's attention", config="PegasusX", block_size=8, num_global_tokens=4, inputs=long_source,
+            "stream, unused behind the last layer's attention",
+            config="PegasusX", block_size=8, num_global_tokens=4, inputs=long_source,
             **BART_LIKE),
     seq2seq("BigBird-Pegasus", config="BigBirdPegasus", attention_type="original_full",
             **BART_LIKE),
@@ -430,8 +431,8 @@ ENCODER_DECODERS = (
     seq2seq("T5Gemma", config="T5Gemma", encoder=GEMMA_LIKE, decoder=GEMMA_LIKE,
             vocab_size=VOCABULARY),
     # The plain model has no static cache of its mask's kind: a KeyError.
-    seq2seq("T5Gemma2", (4, 4), generate=NO_STATIC, why="encoder and decoder 2 layers x (attention, MLP); the decoder "
-            "attends to itself and the encoder at once", config="T5Gemma2",
+    seq2seq("T5Gemma2", (4, 4), generate=NO_STATIC, why="encoder and decoder 2 layers x "
+            "(attention, MLP); the decoder attends to itself and the encoder at once", config="T5Gemma2",
             encoder={"text_config": GEMMA_LIKE}, decoder=GEMMA_LIKE, vocab_size=VOCABULARY),
 )  # fmt: skip
 
