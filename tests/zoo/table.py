@@ -30,6 +30,7 @@ how exactly, is in [checks.py](../tests/zoo/checks.py):
 | reference | with perturbed connections: equal to the plain model's own code run eagerly on n streams ([lockstep.py](../tests/zoo/lockstep.py)), which shares nothing with the tracer and the rewriter |
 | generate | `generate()` with its cache gives the plain model's tokens at step 0 |
 | cache | with perturbed connections `generate()` gives the same tokens with the cache as without it |
+| library's cache differs | the plain model generates otherwise with the cache than without, so the check above says nothing |
 | refused | `transform` raises for the stated reason and leaves the model as it was |
 """  # noqa: E501
 

@@ -39,8 +39,10 @@ def steps(entry: Entry) -> Iterator[tuple[str, checks.Check]]:
     yield "training", checks.check_training
     yield "reference", checks.check_reference
     for way in entry.generate:
-        if way not in checks.CACHE_DIFFERS.get(entry.name, ()):
-            yield f"cache {way}", lambda case, way=way: checks.check_cache(case, way)
+        differs = way in checks.CACHE_DIFFERS.get(entry.name, ())
+        check = checks.check_library_differs if differs else checks.check_cache
+        name = "library's cache differs" if differs else "cache"
+        yield f"{name} {way}", lambda case, way=way, check=check: check(case, way)
 
 
 def by_name(entry: Entry) -> str:

@@ -338,7 +338,8 @@ ENCODERS = (
     encoder("MobileBERT", (4, 4), "a layer narrows the state, adds 4 feed-forward nets to it, "
             "and widens it again: 4 adds a layer, within the one add around the layer; attention "
             "reads another projection than the one it is added to", config="MobileBert",
-            embedding_size=32, true_hidden_size=16, intra_bottleneck_size=16, num_feedforward_networks=4, normalization_type="layer_norm"),
+            embedding_size=32, true_hidden_size=16, intra_bottleneck_size=16,
+            num_feedforward_networks=4, normalization_type="layer_norm"),
     encoder("LiLT", (4, 2), "two streams, text and layout, each 2 layers x (attention, MLP); the "
             "model returns no layout state, so that of the last layer is unused",
             config="Lilt", model="LiltModel", result=last_hidden_state, inputs=boxes,
@@ -432,8 +433,9 @@ ENCODER_DECODERS = (
             vocab_size=VOCABULARY),
     # The plain model has no static cache of its mask's kind: a KeyError.
     seq2seq("T5Gemma2", (4, 4), generate=NO_STATIC, why="encoder and decoder 2 layers x "
-            "(attention, MLP); the decoder attends to itself and the encoder at once", config="T5Gemma2",
-            encoder={"text_config": GEMMA_LIKE}, decoder=GEMMA_LIKE, vocab_size=VOCABULARY),
+            "(attention, MLP); the decoder attends to itself and the encoder at once",
+            config="T5Gemma2", encoder={"text_config": GEMMA_LIKE}, decoder=GEMMA_LIKE,
+            vocab_size=VOCABULARY),
 )  # fmt: skip
 
 NATIVE = (
