@@ -191,10 +191,12 @@ class LayerScaleBlock(Parts):
 
 
 class InPlaceBlock(Parts):
+    """The residual is added into the branch; `x += F(norm(x))` itself cannot be trained."""
+
     def forward(self, x):
-        x += self.attn(self.ln_1(x))
-        x.add_(self.mlp(self.ln_2(x)))
-        return x
+        y = self.attn(self.ln_1(x))
+        y += x
+        return self.mlp(self.ln_2(y)).add_(y)
 
 
 class DictBlock(Parts):
