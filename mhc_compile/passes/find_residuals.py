@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from tabulate import tabulate
 
 from mhc_compile._torch_compat import Source
 from mhc_compile.passes.call_paths import LeafPath
 from mhc_compile.passes.channel_axis import check_channel_axis
-from mhc_compile.passes.flow import Candidate, Flow, branch_region, find_candidates
+from mhc_compile.passes.flow import (
+    SCALES,
+    SUBS,
+    Candidate,
+    Flow,
+    branch_region,
+    find_candidates,
+)
 from mhc_compile.passes.record import Recording
 from mhc_compile.passes.streams import link_streams, split_nested
 
@@ -29,6 +38,7 @@ class ResidualSite:
         channels: C, the width of the stream.
         accepted: whether `transform` rewrites it.
         reason: why it does not, else "".
+        evidence: what was seen: the form of the add, what F holds, what it continues.
     """
 
     name: str
@@ -38,6 +48,28 @@ class ResidualSite:
     channels: int
     accepted: bool
     reason: str
+    evidence: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        verdict = "rewritten" if self.accepted else f"refused: {self.reason}"
+        return (
+            f"{self.name} ({self.source}): stream {self.stream}, C = {self.channels}; "
+            f"{self.evidence}; {verdict}"
+        )
+
+
+class ResidualSites(list[ResidualSite]):
+    """Sites as a list that prints as a table, one line a site, with what was seen."""
+
+    def __str__(self) -> str:
+        rows = [
+            (s.name, s.source, s.stream, s.channels, "yes" if s.accepted else "no",
+             s.evidence if s.accepted else f"{s.evidence}. Refused: {s.reason}")
+            for s in self
+        ]  # fmt: skip
+        headers = ("site", "source", "stream", "C", "rewritten", "because")
+        widths = [None, None, None, None, None, 72]
+        return tabulate(rows, headers=headers, maxcolwidths=widths)
 
 
 @dataclass(frozen=True)
@@ -245,8 +277,29 @@ def _site(flow: Flow, stream: _Stream, k: int, number: int, names: Counter[str])
     if stream.reason and k != stream.refused_at:
         reason = f"same stream as the refused add at {_source_of(flow, stream)}: {stream.reason}"
     return ResidualSite(
-        name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason
-    )
+        name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason,
+        _evidence(flow, stream, k),
+    )  # fmt: skip
+
+
+def _evidence(flow: Flow, stream: _Stream, k: int) -> str:
+    """What was seen of a site, as the user may check it."""
+    candidate, owner = stream.chain[k], stream.owners[k]
+    scaled = any(flow.ops[i].name in SCALES for i in candidate.way)
+    form = "x - F(x)" if flow.ops[candidate.index].name in SUBS else "x + F(x)"
+    form = form.replace("x", "s * x", 1) if scaled else form
+    region = [flow.ops[i] for i in branch_region(flow, candidate)]
+    paths = [op.path[len(owner)][0] for op in region if len(op.path) > len(owner)]
+    prefix = len(owner[-1][0]) + 1 if owner[-1][0] else 0
+    parts = list(dict.fromkeys(path[prefix:] for path in paths))
+    inside = ", ".join(parts[:4]) + (", ..." if len(parts) > 4 else "")
+    weights = len({w for op in region for w in op.weights})
+    what = f"F reads x through {inside or f'{len(region)} operations'} ({weights} weights)"
+    if k == 0:
+        return f"{form}; {what}; starts the stream"
+    steps = [flow.ops[i].name for i in _link(flow, stream, k) if not flow.ops[i].noop]
+    between = f" through {', '.join(steps[:3])}" if steps else ""
+    return f"{form}; {what}; continues site {k - 1} of its stream{between}"
 
 
 def _source_of(flow: Flow, stream: _Stream) -> str:

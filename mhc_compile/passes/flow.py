@@ -23,6 +23,8 @@ HEAVY = (
     "conv1d",
     "conv2d", "conv3d", "scaled_dot_product", "embedding", "grouped_mm", "mv", "addmv", "tensordot",
     "_weight_int", "cumsum", "flex_attention",
+    # Not heavy, but the result is another sequence, into which a stream is written.
+    "masked_scatter", "index_put", "scatter", "index_copy", "index_add",
 )  # fmt: skip
 NOOPS = frozenset({
     "view", "reshape", "_unsafe_view", "alias", "detach", "clone", "_to_copy", "to", "float",

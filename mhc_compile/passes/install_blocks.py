@@ -164,7 +164,9 @@ def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
             )
         for number, segment in enumerate(plan.segments):
             if segment.collapse:
-                parts[collapse_name(plan, number)] = StreamCollapse(config, device=device)
+                parts[collapse_name(plan, number)] = StreamCollapse(
+                    config, segment.sites[-1].channels, device=device
+                )
     block.add_module(ATTRIBUTE, nn.ModuleDict(parts))
     block.__dict__[_REWRITE] = rewrite
     block.__class__ = _rewritten_class(rewrite.original)

@@ -25,6 +25,7 @@ SAME_VALUE = {
     "to", "float", "double", "half", "bfloat16", "type_as", "type", "view", "reshape", "contiguous",
     "clone", "detach", "unsqueeze", "squeeze", "flatten", "unflatten",
 }  # fmt: skip
+SCALES = {"mul", "mul_", "__mul__", "__rmul__", "div", "__truediv__"}
 NN = os.path.join(os.path.dirname(torch.__file__), "nn", "modules") + os.sep
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -73,29 +74,61 @@ class Node:
     name: str
     parents: list
     ancestors: int
-    event: int = -1
+    event: tuple = ()
     terms: list = field(default_factory=list)
     line: str = ""
     modules: tuple = ()
     shape: tuple = ()
 
 
-class Watch(TorchFunctionMode):
-    """The first run."""
+class Calls(TorchFunctionMode):
+    """Names each function call by the module call it happens in and its number there.
 
-    def __init__(self, model):
+    A global number would not do: how many functions a mixture of experts calls depends on which
+    experts were chosen.
+    """
+
+    def __init__(self):
         super().__init__()
-        self.nodes, self.maker, self.kept, self.same = [], {}, [], set()
-        self.event, self.stack = 0, []
-        self.handles = []
+        self.stack, self.counts = [["", 0, 0]], Counter()
+
+    def run(self, model, inputs):
+        handles = []
         for name, module in model.named_modules():
-            self.handles += [
-                module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)),
+            handles += [
+                module.register_forward_pre_hook(lambda *_, name=name: self.enter(name)),
                 module.register_forward_hook(self.leave),
             ]
+        try:
+            with torch.compiler.set_stance("force_eager"), self:
+                return model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def enter(self, name):
+        self.counts[name] += 1
+        self.stack.append([name, self.counts[name], 0])
 
     def leave(self, *_):
         self.stack.pop()
+
+    @property
+    def event(self):
+        return tuple(self.stack[-1])
+
+    def count(self):
+        event = self.event
+        self.stack[-1][2] += 1
+        return event
+
+
+class Watch(Calls):
+    """The first run."""
+
+    def __init__(self):
+        super().__init__()
+        self.nodes, self.maker, self.kept, self.same = [], {}, [], set()
 
     def node_of(self, tensor):
         if id(tensor) not in self.maker:
@@ -115,7 +148,7 @@ class Watch(TorchFunctionMode):
             results = [args[0]]
         if not results:
             return out
-        event, self.event = self.event, self.event + 1
+        event = self.count()
         if not in_place(name) and all(any(r is t for t in inputs) for r in results):
             self.same.add(event)
             return out
@@ -132,7 +165,7 @@ class Watch(TorchFunctionMode):
             terms = [self.maker_at(operands, inputs, a) for a in args[:3]]
             self.nodes.append(
                 Node(name, operands, bits, event, [t for t in terms if t is not None],
-                     caller() if name in ADDS | ADDCMULS else "", tuple(self.stack),
+                     caller() if name in ADDS | ADDCMULS else "", tuple(name for name, *_ in self.stack),
                      tuple(result.size()))
             )  # fmt: skip
         return out
@@ -165,13 +198,9 @@ class Plan:
     """Which nodes of the first run are residual adds, links between them, starts and ends."""
 
     def __init__(self, model, inputs, found):
-        watch = Watch(model)
-        try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), watch:
-                model(**inputs)
-        finally:
-            for handle in watch.handles:
-                handle.remove()
+        watch = Watch()
+        with torch.no_grad():
+            watch.run(model, inputs)
         self.nodes, self.same = watch.nodes, watch.same
         self.inputs = {k: watch.maker.get(id(v)) for k, v in inputs.items()}
         wanted = Counter((s.source, s.module) for s in found)
@@ -202,9 +231,12 @@ class Plan:
         return [*inner, stop]
 
     def _behind(self, node):
-        """The value behind casts and views."""
-        while self.nodes[node].name in SAME_VALUE and self.nodes[node].parents:
-            node = self.nodes[node].parents[0]
+        """The value behind casts, views, and scaling by a number or a parameter."""
+        while self.nodes[node].name in SAME_VALUE | SCALES:
+            made = [p for p in self.nodes[node].parents if self.nodes[p].ancestors]
+            if len(made) != 1:
+                break
+            node = made[0]
         return node
 
     def _pick(self, terms):
@@ -252,7 +284,7 @@ class Plan:
         first = chain[0]
         first.start = first.skip
         while not all(self._reads(b, first.start) for b in first.branch):
-            first.start = self.nodes[first.start].parents[0]
+            first.start = self._behind(first.start)
         first.links = self._between(first.start, first.skip)
         for before, site in zip(chain, chain[1:], strict=False):
             site.start = before.add
@@ -285,16 +317,16 @@ class Streams(torch.Tensor):
         return self
 
 
-class Lockstep(TorchFunctionMode):
+class Lockstep(Calls):
     """The second run, with parameters taken from a transformed model."""
 
     def __init__(self, plan, transformed, n):
         super().__init__()
-        self.plan, self.n, self.event = plan, n, 0
+        self.plan, self.n, self.ended = plan, n, set()
         self.parameters = dict(transformed.named_parameters())
         self.at = {}
         for index, node in enumerate(plan.nodes):
-            if node.event >= 0:
+            if node.event:
                 self.at.setdefault(node.event, []).append(index)
         self.sites, self.starts, self.links, self.absorbed = {}, set(), set(), {}
         self.next_site, self.collapse_at, self.state = {}, {}, {}
@@ -318,9 +350,8 @@ class Lockstep(TorchFunctionMode):
 
     def run(self, model, inputs):
         inputs = {k: self.start(self.plan.inputs[k], v) for k, v in inputs.items()}
-        with torch.compiler.set_stance("force_eager"), self:
-            out = model(**inputs)
-        assert self.event == max(self.at) + 1, "the two runs called different functions"
+        out = super().run(model, inputs)
+        assert self.ended == set(self.collapse_at), "a stream did not reach its end"
         return out
 
     def start(self, node, value):
@@ -334,7 +365,7 @@ class Lockstep(TorchFunctionMode):
         if not held:
             out = func(*args, **kwargs)
             if leaves(out) or name == "__setitem__":
-                self.event += 1
+                self.count()
                 if any(i in self.starts for i in made):
                     assert isinstance(out, torch.Tensor)
                     return self.start(made[0], out)
@@ -346,12 +377,12 @@ class Lockstep(TorchFunctionMode):
         if self.event in self.plan.same:
             out = func(*mapped(args, self.first), **mapped(kwargs, self.first))
             if leaves(out):
-                self.event += 1
+                self.count()
                 return next(t for t in leaves((args, kwargs)) if self.first(t) is out)
         if made and made[0] in self.sites:
             return self.done(made[0], self.mix(self.sites[made[0]], name, args, kwargs), held[0])
         if made and made[0] in self.absorbed:
-            self.event += 1
+            self.count()
             assert name in ADDS
             plain = [t for t in args if type(t) is not Streams][0]
             return Streams.of(held[0].streams, held[0].node, plain)
@@ -367,7 +398,7 @@ class Lockstep(TorchFunctionMode):
 
         out = func(*mapped(args, read), **mapped(kwargs, read))
         if leaves(out) or name == "__setitem__":
-            self.event += 1
+            self.count()
         return out
 
     @staticmethod
@@ -421,8 +452,9 @@ class Lockstep(TorchFunctionMode):
         ]
 
     def done(self, node, streams, target):
-        self.event += 1
+        self.count()
         if node in self.collapse_at:
+            self.ended.add(node)
             weight = self.parameters[self.collapse_at[node]]
             return sum(w * s for w, s in zip(weight, streams, strict=True))
         return Streams.of(streams, node)

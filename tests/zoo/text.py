@@ -9,7 +9,8 @@ import transformers as hf
 from entry import GENERATE, Entry
 from models import LENGTH, SPREAD, VOCABULARY, tokens
 
-NO_CACHE = ("greedy", "beam", "left_padding")
+NO_STATIC = ("greedy", "beam", "left_padding")
+NO_BEAM = ("greedy", "static_cache", "left_padding")
 RECURRENT = ("greedy", "beam")
 
 COMMON = {
@@ -84,9 +85,11 @@ MULTIPLIER = "2 layers x (attention, MLP), each branch times a constant"
 DECODERS = (
     decoder("GPT-2", config="GPT2", model="GPT2LMHeadModel"),
     decoder("OpenAI GPT", why="2 blocks x (attention, MLP), LayerNorm(x + F(x))",
-            config="OpenAIGPT", model="OpenAIGPTLMHeadModel", generate=NO_CACHE),
+            config="OpenAIGPT", model="OpenAIGPTLMHeadModel", generate=NO_STATIC),
     decoder("CTRL", model="CTRLLMHeadModel", dff=64),
-    decoder("GPT-Neo", config="GPTNeo", attention_types=[[["global", "local"], 1]], window_size=4),
+    # The library's own generate() with a static cache gives other tokens than without one.
+    decoder("GPT-Neo", config="GPTNeo", attention_types=[[["global", "local"], 1]], window_size=4,
+            generate=NO_STATIC),
     decoder("GPT-J", (2,), PARALLEL, config="GPTJ", rotary_dim=4),
     decoder("GPT-NeoX parallel", (2,), PARALLEL, config="GPTNeoX", use_parallel_residual=True),
     decoder("GPT-NeoX", config="GPTNeoX", use_parallel_residual=False),
@@ -100,7 +103,8 @@ DECODERS = (
     decoder("Falcon parallel", (2,), PARALLEL, config="Falcon", parallel_attn=True,
             new_decoder_architecture=False, bias=True),
     decoder("Falcon new", (2,), PARALLEL, config="Falcon", new_decoder_architecture=True),
-    decoder("Falcon alibi", config="Falcon", parallel_attn=False, alibi=True,
+    # The library's alibi has not the length of a static cache: the plain model raises.
+    decoder("Falcon alibi", generate=NO_STATIC, config="Falcon", parallel_attn=False, alibi=True,
             new_decoder_architecture=False),
     decoder("MPT", config="Mpt", d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
             expansion_ratio=2),
@@ -128,7 +132,7 @@ DECODERS = (
     decoder("VaultGemma", head_dim=8),
     decoder("Granite", why=MULTIPLIER, residual_multiplier=0.5),
     decoder("MiniCPM3", why=MULTIPLIER, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8,
-            qk_rope_head_dim=4, v_head_dim=8, head_dim=4),
+            qk_rope_head_dim=4, v_head_dim=8, num_key_value_heads=4),
     decoder("Cohere", (2,), PARALLEL),
     decoder("Cohere2", (2,), PARALLEL),
     decoder("OLMo", config="Olmo"),
@@ -174,11 +178,11 @@ MIXTURES = (
     moe("DeepSeek-V2", why=SHARED + "; latent attention", config="DeepseekV2", q_lora_rank=16,
         kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=4,
         num_experts_per_tok=2, moe_intermediate_size=16, n_group=2, topk_group=1,
-        first_k_dense_replace=1, n_shared_experts=1, topk_method="greedy", head_dim=4),
+        first_k_dense_replace=1, n_shared_experts=1, topk_method="greedy", num_key_value_heads=4),
     moe("DeepSeek-V3", why=SHARED + "; latent attention", config="DeepseekV3", q_lora_rank=16,
         kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=4,
         num_experts_per_tok=2, moe_intermediate_size=16, n_group=2, topk_group=1,
-        first_k_dense_replace=1, n_shared_experts=1, head_dim=4),
+        first_k_dense_replace=1, n_shared_experts=1, num_key_value_heads=4),
     moe("OLMoE", config="Olmoe", num_experts=4, num_experts_per_tok=2),
     moe("FlexOlmo", why="2 layers x (attention, experts), the norm behind each branch",
         config="FlexOlmo", num_experts=4, num_experts_per_tok=2),
@@ -201,7 +205,8 @@ MIXTURES = (
     moe("dots1", why=SHARED, config="Dots1", n_routed_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, head_dim=8, first_k_dense_replace=1, n_group=1, topk_group=1,
         n_shared_experts=1),
-    moe("MiniMax", why="2 layers x (attention, experts), post-norm, the skip times a constant; "
+    # The library's beam search does not reorder the states of linear attention.
+    moe("MiniMax", generate=NO_BEAM, why="2 layers x (attention, experts), post-norm, the skip times a constant; "
         "one layer of linear attention", num_local_experts=4, head_dim=8, block_size=4),
     moe("LongCat-Flash", (8,), "2 layers x (attention, MLP, attention, MLP); the experts' "
         "shortcut is added behind the last", config="LongcatFlash", num_layers=2, q_lora_rank=16,
@@ -243,7 +248,8 @@ HYBRIDS = (
            num_local_experts=4, shared_intermediate_size=32, mamba_n_heads=8, mamba_d_head=8,
            mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=4,
            layer_types=["mamba", "attention"]),
-    hybrid("RecurrentGemma", (6,), "3 layers x (recurrence or attention, MLP)", head_dim=8,
+    # The library's beam search does not reorder the states of the recurrence.
+    hybrid("RecurrentGemma", (6,), generate=NO_BEAM, why="3 layers x (recurrence or attention, MLP)", head_dim=8,
            lru_width=32, num_hidden_layers=3, attention_window_size=16),
     hybrid("RWKV", config="Rwkv", why="2 blocks x (time mix, channel mix), a norm before the first",
            context_length=64, attention_hidden_size=32, generate=()),
@@ -261,8 +267,14 @@ HYBRIDS = (
            linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
            linear_value_head_dim=8),
     hybrid("Kimi-Linear", config="KimiLinear", why="2 layers x (linear or latent attention, MLP or "
-           "experts)"),
-    hybrid("xLSTM", config="xLSTM"),
+           "experts); shared + routed is a sum inside the branch", q_lora_rank=16, kv_lora_rank=8,
+           qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, num_key_value_heads=4,
+           num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, linear_head_dim=8,
+           linear_num_heads=4, layer_types=["linear_attention", "full_attention"],
+           mlp_layer_types=["dense", "sparse"]),
+    hybrid("xLSTM", why="2 blocks x (mLSTM, MLP)", config="xLSTM", hidden_size=128, num_heads=2,
+           mode="inference", chunk_size=16, autocast_kernel_dtype="float32",
+           generate=("greedy",)),
 )  # fmt: skip
 
 ENTRIES = (*DECODERS, *MIXTURES, *HYBRIDS)
