@@ -203,6 +203,27 @@ OWN = (
         "Conformer block", lambda: own.Stack(own.ConformerBlock), ids, (8,),
         "2 blocks: half MLP, attention, convolution, half MLP; the norm is on the stream",
     ),
+    entry("lerp", lambda: own.Stack(own.LerpBlock), ids, (4,), TWO_BLOCKS + ": (1 - w) x + w F(x)"),
+    entry("sum of a list", lambda: own.Stack(own.SummedListBlock), ids, (4,), TWO_BLOCKS),
+    entry(
+        "add inside a matrix product", lambda: own.Stack(own.FusedProductBlock), ids, (2,),
+        "2 blocks; the MLP's residual goes into addmm and stays plain",
+        refused=("fused matrix product", 2),
+    ),
+    entry(
+        "mixture of depths",
+        lambda: own.Stack(lambda i: own.SomeTokensBlock() if i == 1 else Block(), depth=3), ids,
+        (4,), "2 plain blocks around one that adds to some tokens only",
+        refused=("tokens", 1),
+    ),
+    entry(
+        "class token left out", lambda: own.Stack(own.ClassTokenBlock), ids, (4,),
+        TWO_BLOCKS + "; the attention's residual is on all tokens but the first",
+    ),
+    entry(
+        "NamedTuple plumbing", lambda: own.NamedTuplePlumbing(own.NamedTupleBlock), ids, (4,),
+        TWO_BLOCKS,
+    ),
     entry(
         "average of layers", own.LayerAverage, ids, (4,), TWO_BLOCKS + "; the head reads all states"
     ),
@@ -409,6 +430,41 @@ VISION = (
         hugging_face("VideoMAEModel", "VideoMAEConfig", **IMAGE, num_frames=4, tubelet_size=2),
         lambda batch=2, length=8, seed=0: {"pixel_values": normal(batch, 4, 3, 16, 16, seed=seed)},
         (4,), TWO_LAYERS,
+    ),
+    vision(
+        "TimeSformer",
+        hugging_face(
+            "TimesformerModel", "TimesformerConfig", **IMAGE, num_frames=2,
+        ),
+        lambda batch=2, length=8, seed=0: {"pixel_values": normal(batch, 2, 3, 16, 16, seed=seed)},
+        (6,),
+        "2 layers: temporal attention on all but the class token, spatial attention on a state "
+        "put together again, MLP",
+    ),
+    vision(
+        "Segment Anything",
+        lambda: hf.SamModel(hf.SamConfig(
+            vision_config={
+                "hidden_size": WIDTH, "output_channels": WIDTH, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "image_size": 32, "patch_size": 4, "mlp_dim": 64,
+                "window_size": 3, "global_attn_indexes": [1], "initializer_range": SPREAD,
+            },
+            prompt_encoder_config={
+                "hidden_size": WIDTH, "image_size": 32, "patch_size": 4, "mask_input_channels": 4,
+            },
+            mask_decoder_config={
+                "hidden_size": WIDTH, "mlp_dim": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "iou_head_hidden_dim": 16,
+            },
+        )),
+        lambda batch=2, length=8, seed=0: {
+            **images(32)(batch, length, seed),
+            "input_points": normal(batch, 1, 2, 2, seed=seed + 1000).abs() * 8,
+        },
+        (4, 6, 2),
+        "vision of 2 layers, in windows; decoder: queries get cross attention and MLP, then self "
+        "attention, cross attention, MLP and a last attention; the image gets one attention a layer",
+        result=lambda out: out.pred_masks,
     ),
     vision(
         "CLIP",
