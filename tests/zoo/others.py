@@ -448,6 +448,7 @@ VISION = (
                 "hidden_size": WIDTH, "output_channels": WIDTH, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "image_size": 32, "patch_size": 4, "mlp_dim": 64,
                 "window_size": 3, "global_attn_indexes": [1], "initializer_range": SPREAD,
+                "num_pos_feats": 16,
             },
             prompt_encoder_config={
                 "hidden_size": WIDTH, "image_size": 32, "patch_size": 4, "mask_input_channels": 4,
@@ -463,7 +464,7 @@ VISION = (
         },
         (4, 6, 2),
         "vision of 2 layers, in windows; decoder: queries get cross attention and MLP, then self "
-        "attention, cross attention, MLP and a last attention; the image gets one attention a layer",
+        "attention, cross attention, MLP and a last attention; the image one attention a layer",
         result=lambda out: out.pred_masks,
     ),
     vision(
