@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from mhc_compile.passes.flow import ADDS
 from mhc_compile.passes.trace_block import TracedBlock
-from mhc_compile.runtime.guards import check_value
+from mhc_compile.runtime.guards import check_value, opened_check
 
 
 def add_guards(traced: TracedBlock) -> None:
@@ -28,6 +28,13 @@ def add_guards(traced: TracedBlock) -> None:
                 copies[node] = graph.node_copy(node, lambda n: mapping[n])
             copies[node].meta["guard"] = True
         return copies[node]
+
+    for name, (kind, hooked, _) in traced.opened.items():
+        module = next((n for n in graph.nodes if n.op == "get_attr" and n.target == name), None)
+        if module is not None:
+            with graph.inserting_before(start):
+                check = graph.call_function(opened_check(kind), (module, hooked, name))
+            check.meta["effect"] = check.meta["guard"] = True
 
     for node, value, source in traced.guards:
         early = _depends_on_sizes_only(node)
@@ -62,6 +69,8 @@ def _same_size(node: fx.Node) -> fx.Node:
 
 
 def _depends_on_sizes_only(node: fx.Node) -> bool:
+    if node.meta.get("late") or node.meta.get("effect"):
+        return False
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op != "call_function" or isinstance(node.meta.get("value"), Tensor):

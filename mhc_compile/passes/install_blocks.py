@@ -10,20 +10,31 @@ import inspect
 import linecache
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from mhc_compile._torch_compat import autocast_state, tensor_leaves
+from mhc_compile._torch_compat import tensor_leaves
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
 from mhc_compile.passes.add_guards import add_guards
-from mhc_compile.passes.call_paths import named_leaves, positional_names
+from mhc_compile.passes.block_calls import (
+    call_key,
+    device_of,
+    leaf_order,
+    many_streams,
+    mode_key,
+    one_stream,
+    replace_streams,
+)
+from mhc_compile.passes.call_paths import argument_at, positional_names
 from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.passes.open_arguments import find_open_arguments
 from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
-from mhc_compile.passes.trace_block import CONSTANTS, trace_block
+from mhc_compile.passes.trace_block import trace_block, warn_of_notes
+from mhc_compile.passes.trace_inputs import Write, apply_writes
 from mhc_compile.runtime.guards import GuardMismatch
 from mhc_compile.runtime.modules import MARK, HyperConnection, StreamCollapse
 
@@ -39,6 +50,7 @@ class Variant:
     source: str
     function: Callable[..., Any]
     order: tuple[int, ...]
+    writes: tuple[Write, ...] = ()
 
 
 @dataclass
@@ -60,12 +72,12 @@ class BlockRewrite:
             if name in self.open_names:
                 leaves.append(value)
                 return None
-            return _call_key(value, leaves)
+            return call_key(value, leaves)
 
         names = (*positional_names(self.original.forward), *[None] * len(args))
         by_position = tuple([part(n, a) for n, a in zip(names, args, strict=False)])
         by_name = tuple([(k, part(k, v)) for k, v in kwargs.items()])
-        return _mode(block, self.plan), by_position, by_name
+        return mode_key(block, self.plan), by_position, by_name
 
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs the variant that fits the arguments; an unseen kind of call is traced first."""
@@ -73,14 +85,26 @@ class BlockRewrite:
         key = self.key(block, args, kwargs, leaves)
         for variant in self.variants.get(key, ()):
             try:
-                return self.run(variant, block, leaves)
+                return self.run(variant, block, args, kwargs, leaves)
             except GuardMismatch:
                 continue
-        return self.run(trace_variant(block, self, key, args, kwargs), block, leaves)
+        variant = trace_variant(block, self, key, args, kwargs)
+        return self.run(variant, block, args, kwargs, leaves)
 
-    def run(self, variant: Variant, block: nn.Module, leaves: list[Any]) -> Any:
+    def run(
+        self,
+        variant: Variant,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        leaves: list[Any],
+    ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
-        result = variant.function(block, *(leaves[i] for i in variant.order))
+        result = variant.function(block, *[leaves[i] for i in variant.order])
+        if variant.writes:
+            forward = self.original.forward
+            find = partial(argument_at, forward, args, kwargs)
+            result = apply_writes(variant.writes, find, result)
         if self.config.streams > 1 and not torch.compiler.is_compiling():
             for segment in self.plan.segments:
                 if segment.output is not None:
@@ -104,15 +128,17 @@ def trace_variant(
             "call: its Python depends on a size or number that keeps changing; move that code into "
             "a submodule"
         )
-    plain_args, plain_kwargs = _replace_streams(rewrite, args, kwargs, _one_stream)
+    plain_args, plain_kwargs = replace_streams(rewrite, args, kwargs, one_stream)
     forward, label = rewrite.original.forward, rewrite.original.__name__
     traced = trace_block(
-        block, forward, plain_args, plain_kwargs, rewrite.plan.opened, label, rewrite.open_names
-    )
+        block, forward, plain_args, plain_kwargs, rewrite.plan.opened, label, rewrite.open_names,
+        frozenset(s for s in rewrite.plan.sources if s is not None),
+    )  # fmt: skip
+    warn_of_notes(rewrite.plan.name, traced)
     add_guards(traced)
     graph = rewrite_block(block, rewrite.plan, rewrite.config, traced, label)
-    order = _leaf_order(forward, args, kwargs, rewrite.open_names)
-    variant = _generate(rewrite, graph, order)
+    order = leaf_order(forward, args, kwargs, rewrite.open_names)
+    variant = _generate(rewrite, graph, order, traced.writes)
     known.append(variant)
     return variant
 
@@ -136,7 +162,7 @@ def prepare_block(
     rewrite = BlockRewrite(plan, config, type(block))
     # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
     original, modes = type(block), [(m, m.training) for m in block.modules()]
-    example = _replace_streams(rewrite, args, kwargs, _many_streams)
+    example = replace_streams(rewrite, args, kwargs, many_streams)
     block.__class__ = _rewritten_class(original)
     try:
         forward = rewrite.original.forward
@@ -154,7 +180,7 @@ def prepare_block(
 def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
     """Adds the connections to a block and makes it run its generated forward."""
     plan, config = rewrite.plan, rewrite.config
-    device = _device_of(block)
+    device = device_of(block)
     parts: dict[str, nn.Module] = {}
     if config.streams > 1:
         for position, (number, k) in enumerate(plan.order):
@@ -220,7 +246,9 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
     return _classes[original]
 
 
-def _generate(rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]) -> Variant:
+def _generate(
+    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], writes: tuple[Write, ...]
+) -> Variant:
     code = graph.python_code("self")
     count = sum(map(len, rewrite.variants.values()))
     name = (
@@ -229,118 +257,7 @@ def _generate(rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]) ->
     scope = dict(code.globals)
     exec(compile(code.src, name, "exec"), scope)
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    return Variant(code.src.strip(), scope["forward"], order)
-
-
-def _leaf_order(
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    open_names: frozenset[str],
-) -> tuple[int, ...]:
-    """Positions in the leaves of `BlockRewrite.key` of the generated function's inputs."""
-    counter = iter(range(1 << 30))
-
-    def number(value: Any) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)(number(v) for v in value)
-        if type(value) is dict:
-            return {k: number(v) for k, v in value.items()}
-        return value if isinstance(value, CONSTANTS) else _Position(next(counter))
-
-    def argument(name: str | None, value: Any) -> Any:
-        return _Position(next(counter)) if name in open_names else number(value)
-
-    names = (*positional_names(forward), *[None] * len(args))
-    numbered = tuple(argument(n, a) for n, a in zip(names, args, strict=False))
-    leaves = named_leaves(forward, numbered, {k: argument(k, v) for k, v in kwargs.items()})
-    return tuple(leaf.index for _, leaf in leaves if isinstance(leaf, _Position))
-
-
-@dataclass
-class _Position:
-    index: int
-
-
-def _call_key(value: Any, leaves: list[Any]) -> Any:
-    """A hashable description of arguments; what may vary from call to call goes into `leaves`."""
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return (value.dtype, value.dim(), value.device.type)
-    if type(value) in (tuple, list):
-        return (type(value), *[_call_key(v, leaves) for v in value])
-    if type(value) is dict:
-        return (dict, *[(k, _call_key(v, leaves)) for k, v in value.items()])
-    if isinstance(value, CONSTANTS):
-        return (type(value), value)
-    leaves.append(value)
-    return type(value)
-
-
-def _mode(block: nn.Module, plan: BlockPlan) -> Any:
-    """The state outside the arguments on which a trace depends."""
-    device = _device_of(block)
-    opened = tuple(block.get_submodule(name).training for name in sorted(plan.opened))
-    return block.training, opened, autocast_state(device.type)
-
-
-def _device_of(block: nn.Module) -> torch.device:
-    for tensor in block.parameters():
-        return tensor.device
-    return torch.device("cpu")
-
-
-def _one_stream(stream: Tensor, rewrite: BlockRewrite, dims: int) -> Tensor:
-    """One stream in the place of n, for tracing the original forward."""
-    n = rewrite.config.streams
-    if stream.dim() != dims + 1 or stream.shape[-2] != n:
-        raise MHCError(
-            f"block {rewrite.plan.name!r} takes {n} streams [..., {n}, C] from the block before "
-            f"it, got {list(stream.shape)}; call the whole model"
-        )
-    return stream[..., 0, :]
-
-
-def _many_streams(stream: Tensor, rewrite: BlockRewrite, dims: int) -> Tensor:
-    """A plain example stream as the rewritten model will pass it."""
-    n = rewrite.config.streams
-    return stream.unsqueeze(-2).expand(*stream.shape[:-1], n, stream.shape[-1])
-
-
-def _replace_streams(
-    rewrite: BlockRewrite,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    change: Callable[[Tensor, BlockRewrite, int], Tensor],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Changes the arguments that carry streams from earlier blocks."""
-    changed: dict[int, Tensor] = {}
-    for segment in rewrite.plan.segments:
-        if segment.expand or rewrite.config.streams == 1:
-            continue
-        named = dict(named_leaves(rewrite.original.forward, args, kwargs))
-        for path, dims in segment.stream_inputs:
-            leaf = named.get(path)
-            if isinstance(leaf, Tensor):
-                changed[id(leaf)] = change(leaf, rewrite, dims)
-        if len(changed) < len({id(named.get(path)) for path, _ in segment.stream_inputs}):
-            raise UnsupportedResidualError(
-                f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its "
-                "residual stream as an argument of forward (in the recording: "
-                f"{[path for path, _ in segment.stream_inputs]}); leave its sites out with "
-                "filter_fn"
-            )
-
-    def walk(value: Any) -> Any:
-        if id(value) in changed:
-            return changed[id(value)]
-        if type(value) in (tuple, list):
-            return type(value)(walk(v) for v in value)
-        if type(value) is dict:
-            return {k: walk(v) for k, v in value.items()}
-        return value
-
-    return walk(args), walk(dict(kwargs))
+    return Variant(code.src.strip(), scope["forward"], order, writes)
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from mhc_compile._torch_compat import (
 from mhc_compile.errors import ExampleInputsError
 from mhc_compile.passes.call_paths import LeafPath, named_leaves
 from mhc_compile.passes.flow import NOOPS, Flow, Op, is_heavy_name
+from mhc_compile.passes.trace_patches import inlined_script_functions
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -171,7 +172,7 @@ def record_forward(model: nn.Module, args: Args, kwargs: Kwargs) -> Recording:
     """
     recorder = _Recorder(model)
     with torch.no_grad(), no_nested_tensor_fastpath(), force_eager():
-        with patched_module_call(recorder.call_module), recorder:
+        with patched_module_call(recorder.call_module), inlined_script_functions(), recorder:
             try:
                 result = model(*args, **kwargs)
             except Exception as error:

@@ -479,7 +479,7 @@ def _has_effect(node: fx.Node) -> bool:
     """Submodules, methods of opaque arguments and in-place writes are kept even if unread."""
     if node.op in ("placeholder", "output", "call_module") or node.meta.get("in_place"):
         return True
-    if node.target is check_value:
+    if node.target is check_value or node.meta.get("effect"):
         return True
     if node.op != "call_method":
         return False

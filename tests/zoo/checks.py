@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from entry import Entry
-from models import normal, perturb
 from lockstep import reference_result
+from models import normal, perturb
 from torch import nn
 
 import mhc_compile as mc

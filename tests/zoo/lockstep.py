@@ -393,6 +393,7 @@ class Lockstep(Calls):
                 for i in range(self.n)
             ]  # fmt: skip
             return self.done(made[0], out, held[0] if in_place(name) else None)
+
         def read(t):
             return self.read(t, made)
 
@@ -410,7 +411,7 @@ class Lockstep(Calls):
         return tensor.streams[i] if type(tensor) is Streams else tensor
 
     def read(self, x, made):
-        """h = pre(x) for the sublayer; whatever else looks at the stream gets the mean."""
+        """H = pre(x) for the sublayer; whatever else looks at the stream gets the mean."""
         if type(x) is not Streams:
             return x
         site = self.next_site.get(x.node)

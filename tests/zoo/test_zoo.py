@@ -1,6 +1,5 @@
 """Runs the checks of checks.py for every architecture of the zoo."""
 
-import json
 import re
 import traceback
 import warnings
