@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import linecache
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,15 @@ class BlockRewrite:
     open_names: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps: functions are generated anew, from the code of the process they run in."""
+        return {**self.__dict__, "variants": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockRewrite:
+        """A copy that learns new kinds of calls by itself; what it shares is immutable."""
+        variants = {key: list(known) for key, known in self.variants.items()}
+        return replace(self, variants=variants)
+
     def key(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any]
     ) -> Any:
@@ -81,7 +90,7 @@ class BlockRewrite:
     def run(self, variant: Variant, block: nn.Module, leaves: list[Any]) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
         result = variant.function(block, *(leaves[i] for i in variant.order))
-        if self.config.streams > 1 and not torch.compiler.is_compiling():
+        if self.config.streams > 1:
             for segment in self.plan.segments:
                 shape = (self.config.streams, segment.sites[0].channels)
                 for tensor in () if segment.collapse else tensor_leaves(result):
@@ -90,7 +99,10 @@ class BlockRewrite:
         return result
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="mhc_compile traces a block when a kind of call is new (another mode, dtype, mask or "
+    "cache): make one such call without torch.compile first"
+)
 def trace_variant(
     block: nn.Module,
     rewrite: BlockRewrite,
@@ -214,10 +226,25 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
         return rewrite.call(self, args, kwargs)
 
     if original not in _classes:
-        body = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
+        # Of the same name: other libraries pick blocks by it (FSDP's wrapping, device maps).
+        body = {
+            "forward": forward, "__module__": original.__module__, "__doc__": original.__doc__,
+            "__qualname__": original.__qualname__, "__reduce_ex__": _reduce_block,
+        }  # fmt: skip
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-        _classes[original] = type(f"MHC{original.__name__}", (original,), body)
+        _classes[original] = type(original.__name__, (original,), body)
     return _classes[original]
+
+
+def _reduce_block(block: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """For copy and pickle: a rewritten class is found through the user's, which has a place."""
+    rewrite: BlockRewrite = block.__dict__[_REWRITE]
+    return _empty_block, (rewrite.original,), block.__getstate__()
+
+
+def _empty_block(original: type[nn.Module]) -> nn.Module:
+    cls = _rewritten_class(original)
+    return cls.__new__(cls)
 
 
 def _generate(rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]) -> Variant:
