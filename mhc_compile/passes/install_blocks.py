@@ -52,7 +52,7 @@ class BlockRewrite:
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle keeps: functions are generated anew, from the code of the process they run in."""
+        """What pickle keeps: functions are made anew, from the code that a process runs."""
         return {**self.__dict__, "variants": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRewrite:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import torch
 import transformers as hf
-from models import ARCHITECTURES, SPREAD, VOCABULARY, WIDTH, Architecture, normal, tokens
+from models import (
+    ARCHITECTURES,
+    SPREAD,
+    VOCABULARY,
+    WIDTH,
+    Architecture,
+    logits,
+    normal,
+    perturb,
+    tokens,
+)
 
 import mhc_compile as mc
 
@@ -53,8 +63,6 @@ HUGGING_FACE = ["llama", "qwen3_moe", "mixtral", "gpt2", "bert", "t5", "vit"]
 
 def transformed(name, seed=0, dropout=0.0, streams=3, moved=True):
     """A transformed model whose connections depend on their input, and inputs for it."""
-    from models import perturb
-
     kind = KINDS[name]
     model = kind.build(seed, dropout)
     mc.transform(model, streams=streams, example_inputs=kind.inputs())
@@ -73,3 +81,9 @@ def gradients(model, inputs, seed=0):
     torch.manual_seed(seed)
     loss_of(model, inputs).backward()
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@torch.no_grad()
+def result(model, inputs):
+    """The main result of a call without gradients."""
+    return logits(model, inputs)
