@@ -84,8 +84,13 @@ def _moved_back(flow: Flow, op: Op, source: int, axis: int | None) -> int | None
 
 
 def _moved_axis(flow: Flow, op: Op, source: int, axis: int) -> int | None:
-    """Where an axis stands after an operation, None if it is lost."""
+    """Where an axis stands after an operation; None if it is lost, -1 if it surely is not the last.
+
+    An axis that is not the last and disappears in a view can't be the last one of the result.
+    """
     before = flow.ops[source].shape
+    if axis < 0:
+        return -1
     if op.name == "permute":
         axes = [a % len(before) for a in cast("tuple[int, ...]", op.detail)]
         return axes.index(axis)
@@ -95,5 +100,7 @@ def _moved_axis(flow: Flow, op: Op, source: int, axis: int) -> int | None:
     if op.name in _RESHAPES or len(op.shape) != len(before):
         last = len(before) - 1
         keeps = axis == last and op.shape and op.shape[-1] == before[-1]
+        if axis != last and op.shape[-1:] == before[-1:]:
+            return -1
         return len(op.shape) - 1 if keeps else None
     return axis if op.shape == before else None

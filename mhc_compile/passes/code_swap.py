@@ -10,6 +10,9 @@ from typing import Any
 
 from mhc_compile._torch_compat import Source
 
+STAND_IN = "_mhc_stand_in"
+"""Marks the copy of a function that runs while its code is swapped."""
+
 _MARK = 987654321
 
 
@@ -27,6 +30,7 @@ def swapped_code(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     original.__kwdefaults__ = function.__kwdefaults__
+    original.__dict__[STAND_IN] = True
     function.__code__ = _forwarding(handler, code)
     try:
         yield original

@@ -85,7 +85,8 @@ class Segment:
             dimensions of its plain (one-stream) tensor, the latest first; none if it starts inside.
         expand: whether the stream starts here.
         collapse: whether it ends here.
-        output: which tensor of the block's result hands the stream on, None if it ends here.
+        outputs: which tensors of the block's result hand the stream on, in the order of
+            `tensor_leaves`; none if it ends here.
         norms: classes of the modules that stand on the stream itself between sublayers (post-norm).
     """
 
@@ -96,7 +97,7 @@ class Segment:
     stream_inputs: tuple[tuple[LeafPath, int], ...]
     expand: bool
     collapse: bool
-    output: int | None
+    outputs: tuple[int, ...]
     norms: frozenset[type]
 
 
@@ -365,14 +366,16 @@ def _segments(
         known = states | {stream.chain[k].skip for k in group}
         through = [c.path for c in recording.calls.values()
                    if known.intersection(c.outputs, c.inputs.values())]  # fmt: skip
-        opened = _inner_modules(owner, [flow.ops[i].path for i in adds])
+        # A scale on the skip must show, be it a module of its own.
+        ways = [i for k in group for i in stream.chain[k].way if not flow.ops[i].noop]
+        opened = _inner_modules(owner, [flow.ops[i].path for i in (*adds, *ways)])
         opened |= _inner_modules(owner, [flow.ops[i].path for i in linking] + through) - light
         after = [adds[-1], *links.get(group[-1] + 1, [])]
-        handed = [i for i in after if i in call.outputs and not ends]
+        handed = () if ends else tuple(k for k, i in enumerate(call.outputs) if i in after)
         segment = Segment(
             tuple(sites[k] for k in group), tuple(flow.ops[i].source for i in adds), adds,
             group[0], tuple((p, len(flow.ops[i].shape)) for i, p in carrying), starts, ends,
-            call.outputs.index(handed[-1]) if handed else None, norms,
+            handed, norms,
         )  # fmt: skip
         plans.append(BlockPlan(owner[-1][0], (segment,), frozenset(opened), light))
     return plans

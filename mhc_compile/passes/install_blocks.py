@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import linecache
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,9 +33,10 @@ from mhc_compile.passes.call_paths import argument_at, positional_names
 from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.passes.open_arguments import find_open_arguments
 from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
-from mhc_compile.passes.trace_block import trace_block, warn_of_notes
-from mhc_compile.passes.trace_inputs import Write, apply_writes
+from mhc_compile.passes.trace_block import TracedBlock, trace_block, warn_of_notes
+from mhc_compile.passes.trace_inputs import Write, finish_result
 from mhc_compile.runtime.guards import GuardMismatch
+from mhc_compile.runtime.modes import enter_autocast, left_on_error, set_grad_mode
 from mhc_compile.runtime.modules import MARK, HyperConnection, StreamCollapse
 
 ATTRIBUTE = "mhc"
@@ -51,6 +52,8 @@ class Variant:
     function: Callable[..., Any]
     order: tuple[int, ...]
     writes: tuple[Write, ...] = ()
+    kind: type | None = None
+    modes: bool = False
 
 
 @dataclass
@@ -62,6 +65,15 @@ class BlockRewrite:
     original: type[nn.Module]
     open_names: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps: functions are made anew, from the code that a process runs."""
+        return {**self.__dict__, "variants": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockRewrite:
+        """A copy that learns new kinds of calls by itself; what it shares is immutable."""
+        variants = {key: list(known) for key, known in self.variants.items()}
+        return replace(self, variants=variants)
 
     def key(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any]
@@ -100,19 +112,27 @@ class BlockRewrite:
         leaves: list[Any],
     ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
-        result = variant.function(block, *[leaves[i] for i in variant.order])
-        if variant.writes:
+        inputs = [leaves[i] for i in variant.order]
+        if variant.modes and not torch.compiler.is_compiling():
+            with left_on_error():
+                result = variant.function(block, *inputs)
+        else:
+            result = variant.function(block, *inputs)
+        if variant.writes or variant.kind is not None:
             forward = self.original.forward
             find = partial(argument_at, forward, args, kwargs)
-            result = apply_writes(variant.writes, find, result)
-        if self.config.streams > 1 and not torch.compiler.is_compiling():
+            result = finish_result(variant.writes, variant.kind, find, result)
+        if self.config.streams > 1:
             for segment in self.plan.segments:
-                if segment.output is not None:
-                    setattr(tensor_leaves(result)[segment.output], MARK, True)
+                for k in segment.outputs:
+                    setattr(tensor_leaves(result)[k], MARK, True)
         return result
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="mhc_compile traces a block when a kind of call is new (another mode, dtype, mask or "
+    "cache): make one such call without torch.compile first"
+)
 def trace_variant(
     block: nn.Module,
     rewrite: BlockRewrite,
@@ -138,7 +158,7 @@ def trace_variant(
     add_guards(traced)
     graph = rewrite_block(block, rewrite.plan, rewrite.config, traced, label)
     order = leaf_order(forward, args, kwargs, rewrite.open_names)
-    variant = _generate(rewrite, graph, order, traced.writes)
+    variant = _generate(rewrite, graph, order, traced)
     known.append(variant)
     return variant
 
@@ -158,6 +178,12 @@ def prepare_block(
         raise UnsupportedResidualError(
             f"block {plan.name!r} ({type(block).__name__}) already has an attribute "
             f"{ATTRIBUTE!r}, which mhc_compile needs for its parameters; rename it"
+        )
+    if "forward" in block.__dict__:
+        raise UnsupportedResidualError(
+            f"block {plan.name!r} ({type(block).__name__}) has a forward of its own on the "
+            "instance, as accelerate's hooks put there, which would hide the rewritten one; remove "
+            "it first and put it back afterwards"
         )
     rewrite = BlockRewrite(plan, config, type(block))
     # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
@@ -240,14 +266,29 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
         return rewrite.call(self, args, kwargs)
 
     if original not in _classes:
-        body = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
+        # Of the same name: other libraries pick blocks by it (FSDP's wrapping, device maps).
+        body = {
+            "forward": forward, "__module__": original.__module__, "__doc__": original.__doc__,
+            "__qualname__": original.__qualname__, "__reduce_ex__": _reduce_block,
+        }  # fmt: skip
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-        _classes[original] = type(f"MHC{original.__name__}", (original,), body)
+        _classes[original] = type(original.__name__, (original,), body)
     return _classes[original]
 
 
+def _reduce_block(block: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """For copy and pickle: a rewritten class is found through the user's, which has a place."""
+    rewrite: BlockRewrite = block.__dict__[_REWRITE]
+    return _empty_block, (rewrite.original,), block.__getstate__()
+
+
+def _empty_block(original: type[nn.Module]) -> nn.Module:
+    cls = _rewritten_class(original)
+    return cls.__new__(cls)
+
+
 def _generate(
-    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], writes: tuple[Write, ...]
+    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], traced: TracedBlock
 ) -> Variant:
     code = graph.python_code("self")
     count = sum(map(len, rewrite.variants.values()))
@@ -257,7 +298,9 @@ def _generate(
     scope = dict(code.globals)
     exec(compile(code.src, name, "exec"), scope)
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    return Variant(code.src.strip(), scope["forward"], order, writes)
+    modes = any(n.target in (set_grad_mode, enter_autocast) for n in graph.nodes)
+    function = scope["forward"]
+    return Variant(code.src.strip(), function, order, traced.writes, traced.kind, modes)
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from mhc_compile._torch_compat import is_internal, user_source
 from mhc_compile.errors import TraceError
 from mhc_compile.passes.containers import put
+from mhc_compile.passes.python_effects import is_user_code
 from mhc_compile.passes.tracer import SELF, Restart, Tracer, here
-from mhc_compile.passes.value_proxy import ValueProxy, proxies_in, unwrapped
+from mhc_compile.passes.value_proxy import ValueProxy, unwrapped
 
 _SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.Enum)
 _MANY = 16
 _MISSING = object()
 _INTERNALS = frozenset(nn.Module().__dict__) | {"training"}
+# Hugging Face's layers ask for it in a wrapper that leaves checkpointing to the rewritten class.
+_UNGUARDED = frozenset({"gradient_checkpointing"})
 
 
 class ModuleAccess:
@@ -57,6 +60,7 @@ class ModuleAccess:
     def watched(self) -> Iterator[None]:
         """Patches attribute access of nn.Module, and of classes of objects met on the way."""
         get, set_ = nn.Module.__getattr__, nn.Module.__setattr__
+        register = nn.Module.register_parameter
 
         def __getattribute__(module: nn.Module, name: str) -> Any:  # noqa: N807
             value = object.__getattribute__(module, name)
@@ -69,6 +73,15 @@ class ModuleAccess:
             if not self.write(module, name, value):
                 set_(module, name, value)
 
+        def register_parameter(module: nn.Module, name: str, param: Any) -> None:
+            if param is not None and not self.tracer.paused:
+                raise TraceError(
+                    f"{self.tracer.label} makes a {type(module).__name__} with parameters at "
+                    f"{_outside_torch()}; build modules in __init__"
+                )
+            register(module, name, param)
+
+        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign, assignment]
         nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign, assignment]
         nn.Module.__getattr__ = __getattr__  # type: ignore[method-assign]
         nn.Module.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
@@ -78,6 +91,7 @@ class ModuleAccess:
             del nn.Module.__getattribute__
             nn.Module.__getattr__ = get  # type: ignore[method-assign]
             nn.Module.__setattr__ = set_  # type: ignore[method-assign]
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
             for stack in self.watched_classes.values():
                 stack.close()
 
@@ -109,7 +123,7 @@ class ModuleAccess:
                 return self.tracer.attribute(full, value)
             if known is not value and known is not _MISSING and id(owner) in self.tracer.modules:
                 return self.tracer.late_attribute(owner, name, value)
-            if not computed and value == value:
+            if not computed and value == value and full not in _UNGUARDED:
                 node = self.tracer.attribute(full, value)._mhc_node
                 self.tracer.guards.add(node, _copied(value), user_source())
         elif not computed and _is_plain_object(value):
@@ -222,6 +236,13 @@ def _from_user_code() -> bool:
     return not is_internal(frame.f_code.co_filename)
 
 
+def _outside_torch() -> str:
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and not is_user_code(frame.f_code.co_filename, modules=False):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown line"
+
+
 def _is_simple(value: Any) -> bool:
     if builtins.isinstance(value, _SIMPLE):
         return True
@@ -258,6 +279,3 @@ def _contents(value: Any) -> list[Any]:
         return [(id(k), id(v)) for k, v in value.items()]
     items = [id(v) for v in value]
     return items if builtins.isinstance(value, list) else sorted(items)
-
-
-__all__ = ["ModuleAccess", "patched_attribute", "proxies_in"]

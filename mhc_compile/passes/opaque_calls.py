@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from mhc_compile.passes.code_swap import swapped_code
+from mhc_compile._torch_compat import Source
+from mhc_compile.passes.code_swap import STAND_IN, holds_line, swapped_code
 from mhc_compile.passes.module_access import patched_attribute
 from mhc_compile.passes.python_effects import is_user_code
 from mhc_compile.passes.tracer import Tracer
@@ -84,7 +85,10 @@ def _reader(tracer: Tracer, get: Any) -> Any:
 
 
 def function_to_skip(
-    error: BaseException, opened: set[types.CodeType], tried: frozenset[types.FunctionType]
+    error: BaseException,
+    opened: set[types.CodeType],
+    tried: frozenset[types.FunctionType],
+    sites: frozenset[Source],
 ) -> types.FunctionType | None:
     """The innermost function in an error's traceback that could be one opaque call.
 
@@ -92,6 +96,7 @@ def function_to_skip(
         error: what stopped the trace.
         opened: code of the forwards that have to be traced into.
         tried: functions that are opaque already.
+        sites: lines of residual adds, which have to be traced too.
     """
     frames = []
     trace = error.__traceback__
@@ -104,6 +109,8 @@ def function_to_skip(
         code = frame.f_code
         if code in opened or code.co_name.startswith("<") or not is_user_code(code.co_filename):
             continue
+        if holds_line(code, sites):
+            continue
         function = _function_of(code)
         if function is not None and function not in tried:
             return function
@@ -114,7 +121,10 @@ def _function_of(code: types.CodeType) -> types.FunctionType | None:
     """The only function with this code; one that is defined anew at every call does not count."""
     if code.co_flags & (0x20 | 0x80 | 0x200):  # generators and coroutines
         return None
-    found = [f for f in gc.get_referrers(code) if builtins.isinstance(f, types.FunctionType)]
+    found = [
+        f for f in gc.get_referrers(code)
+        if builtins.isinstance(f, types.FunctionType) and STAND_IN not in f.__dict__
+    ]  # fmt: skip
     if len(found) != 1 or "<locals>" in found[0].__qualname__ and not found[0].__closure__:
         return None
     return found[0]

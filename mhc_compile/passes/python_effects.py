@@ -129,8 +129,13 @@ class PythonEffects:
         return "an unknown line"
 
 
-def is_user_code(filename: str) -> bool:
-    """Whether a file is neither torch's, Python's nor this library's own."""
+def is_user_code(filename: str, modules: bool = True) -> bool:
+    """Whether a file is neither torch's, Python's nor this library's own.
+
+    torch's layers count as user code if `modules`.
+    """
+    if not modules and filename.startswith(os.path.dirname(nn.__file__)):
+        return False
     if is_internal(filename) or filename.startswith("<"):
         return False
     return not filename.startswith(_STANDARD_LIBRARY) or "-packages" + os.sep in filename

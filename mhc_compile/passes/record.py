@@ -14,6 +14,7 @@ from mhc_compile._torch_compat import (
     TorchDispatchMode,
     WeakIdKeyDictionary,
     WeakIdRef,
+    compiled_module,
     force_eager,
     no_nested_tensor_fastpath,
     tensor_leaves,
@@ -44,11 +45,15 @@ class Call:
 
 @dataclass
 class Recording:
-    """The data flow of one forward, the module calls in it, and what the model returned."""
+    """The data flow of one forward, the module calls in it, and what the model returned.
+
+    `reduced` tells that something was computed with fewer than 32 bits.
+    """
 
     flow: Flow
     calls: dict[tuple[str, int], Call]
     result: Any
+    reduced: bool = False
 
 
 class _Recorder(TorchDispatchMode):
@@ -61,6 +66,7 @@ class _Recorder(TorchDispatchMode):
         self.counts: dict[int, int] = {}
         self.node_of: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
         self.written: dict[int, int] = {}
+        self.reduced = False
         self.fixed: dict[int, tuple[int, ...]] = {id(t): () for t in model.buffers()}
         self.fixed |= {id(t): (id(t),) for t in model.parameters()}
         # What is made of parameters alone, with the parameters it is made of.
@@ -79,7 +85,7 @@ class _Recorder(TorchDispatchMode):
             return None
         op = Op(len(self.flow.ops), "input" if weights is None else "parameter", (),
                 shape=tuple(tensor.shape), is_float=tensor.is_floating_point(),
-                weights=weights or ())  # fmt: skip
+                weights=weights or (), fixed=weights is not None)  # fmt: skip
         self.flow.ops.append(op)
         self.node_of[tensor] = op.index
         return op.index
@@ -110,22 +116,25 @@ class _Recorder(TorchDispatchMode):
         shapes = tuple(tuple(t.shape) for t in tensors)
         out = func(*args, **kwargs)
         results = tensor_leaves(out)
+        self.reduced |= any(t.is_floating_point() and t.element_size() < 4 for t in results)
         if not results:
             return out
         name = func._schema.name.split("::")[1]
         inputs = tuple(i for i in operands if i is not None)
         made_of = [self.weights_of(t) for t in tensors]
         weights = tuple(w for part in made_of for w in part or ())
-        if None not in made_of and name not in CREATORS:
+        fixed = None not in made_of and name not in CREATORS
+        if fixed:
             for tensor in results:
                 self.fixed_values[tensor] = weights
             if not inputs:
                 return out
         op = Op(
             len(self.flow.ops), name, inputs, operands, shapes, tuple(results[0].shape),
-            results[0].is_floating_point(), heavy=is_heavy_name(name), noop=name in NOOPS,
+            results[0].is_floating_point(), heavy=is_heavy_name(name),
+            noop=name in NOOPS or _is_identity(name, args),
             path=tuple(self.stack), source=user_source(),
-            weights=weights, detail=_detail(name, args, kwargs, tensors),
+            weights=weights, fixed=fixed, detail=_detail(name, args, kwargs, tensors),
         )  # fmt: skip
         self.flow.ops.append(op)
         for tensor in results:
@@ -186,7 +195,7 @@ def record_forward(model: nn.Module, args: Args, kwargs: Kwargs) -> Recording:
             i for t in tensor_leaves(result) if (i := recorder.node_of.get(t)) is not None
         }
     flow.finish()
-    return Recording(flow, recorder.calls, result)
+    return Recording(flow, recorder.calls, result, recorder.reduced)
 
 
 @contextlib.contextmanager
@@ -195,7 +204,11 @@ def patched_module_call(handler: Callable[..., Any]) -> Iterator[None]:
     original = nn.Module.__call__
 
     def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return handler(original, module, args, kwargs)
+        return handler(call, module, args, kwargs)
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = compiled_module(module)
+        return original(module, *args, **kwargs) if inner is None else inner(*args, **kwargs)
 
     nn.Module.__call__ = __call__  # type: ignore[method-assign, assignment]
     try:
@@ -209,6 +222,16 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return -id(tensor)
+
+
+def _is_identity(name: str, args: Args) -> bool:
+    """Whether 0 is added or 1 multiplied; Python's sum() starts with 0 + x."""
+    other = args[1] if len(args) > 1 else None
+    if isinstance(other, Tensor):
+        number = other.dim() == 0 and other.device.type == "cpu" and not other.requires_grad
+        other = other.item() if number and other.numel() else None
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(name)
+    return neutral is not None and isinstance(other, int | float) and other == neutral
 
 
 def _detail(name: str, args: Args, kwargs: Kwargs, tensors: list[Tensor]) -> object:

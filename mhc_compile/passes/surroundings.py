@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mhc_compile._torch_compat import tensor_leaves
@@ -21,8 +20,6 @@ def collapse_escaped(module: nn.Module, args: Any, output: Any) -> Any:
     Only states from between blocks can, such as `output_hidden_states` collects; their streams
     are averaged.
     """
-    if torch.compiler.is_compiling():
-        return None
     if not any(hasattr(tensor, MARK) for tensor in tensor_leaves(output)):
         return None
     return _collapsed(output)

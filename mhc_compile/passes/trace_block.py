@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,14 +34,14 @@ from mhc_compile.passes.opened_modules import call_opened
 from mhc_compile.passes.python_effects import PythonEffects
 from mhc_compile.passes.record import patched_module_call
 from mhc_compile.passes.trace_guards import Guard
-from mhc_compile.passes.trace_inputs import Write, add_inputs
+from mhc_compile.passes.trace_inputs import Write, add_inputs, plain
 from mhc_compile.passes.trace_patches import (
     inlined_script_functions,
     patched_factories,
     patched_isinstance,
-    side_effects_undone,
 )
 from mhc_compile.passes.tracer import CONSTANTS, Restart, Tracer
+from mhc_compile.passes.undo import rehearsed
 from mhc_compile.passes.whole_calls import kept_autograd_functions, kept_checkpoints
 
 __all__ = ["CONSTANTS", "TracedBlock", "trace_block"]
@@ -56,7 +57,8 @@ class TracedBlock:
     values on which the block's control flow depended; `inspected` tells that the code asked for
     the type of an argument that was None. `opened` are the submodules that were traced into, with
     their class and whether they have hooks. `writes` are containers among the arguments that the
-    forward changes: the graph then returns `(result, contents)`. `notes` tell what is otherwise
+    forward changes: the graph then returns `(result, contents)`. `kind` is the class of the result
+    if that is a dataclass; the graph returns a dict of its fields. `notes` tell what is otherwise
     than in the original, although it computes the same.
     """
 
@@ -66,6 +68,7 @@ class TracedBlock:
     inspected: bool = False
     opened: dict[str, tuple[type, bool, str]] = field(default_factory=dict)
     writes: tuple[Write, ...] = ()
+    kind: type | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -82,6 +85,10 @@ class Preparation:
         """Adds an item, None if it is there already."""
         known = getattr(self, kind)
         return None if item in known else replace(self, **{kind: known | {item}})
+
+
+_prepared: weakref.WeakKeyDictionary[Callable[..., Any], Preparation] = weakref.WeakKeyDictionary()
+"""What earlier traces of a forward needed; its later ones need the same."""
 
 
 @dataclass(frozen=True)
@@ -128,16 +135,18 @@ def trace_block(
     name = label or type(block).__name__
     task = _Task(block, forward, args, kwargs, opened, name, open_names, sites)
     codes = forward_codes([block, *map(block.get_submodule, opened)])
-    preparation, first = Preparation(), None
+    preparation, first = _prepared.get(forward, Preparation()), None
     for _ in range(_MOST_RESTARTS):
         try:
-            return _trace_once(task, preparation)
+            traced = _trace_once(task, preparation)
+            _prepared[forward] = preparation
+            return traced
         except Restart as restart:
             error: Exception = restart
             more = preparation.with_item(restart.kind, restart.item)
         except Exception as failure:
             error, first = failure, first or failure
-            function = function_to_skip(failure, codes, preparation.functions)
+            function = function_to_skip(failure, codes, preparation.functions, sites)
             more = preparation.with_item("functions", function) if function else None
         if more is None:
             break
@@ -153,7 +162,7 @@ def trace_block(
 
 def _trace_once(task: _Task, preparation: Preparation) -> TracedBlock:
     tracer = Tracer(task.block, task.opened, task.label, task.sites, call_opened)
-    with side_effects_undone(task.block), torch.no_grad():
+    with rehearsed(task.block), torch.no_grad():
         args, kwargs, containers = add_inputs(
             tracer, task.forward, task.args, task.kwargs, task.open_names
         )
@@ -168,13 +177,15 @@ def _trace_once(task: _Task, preparation: Preparation) -> TracedBlock:
                 effects.check()
                 access.check_containers(effects.line_of_attribute)
                 changed = containers.changed(out)
+            returned = plain(out)
+            kind = type(out) if returned is not out else None
             if changed:
-                out = (out, tuple(content for _, content in changed))
-            tracer.graph.output(tracer.create_arg(out))
+                returned = (returned, tuple(plain(content) for _, content in changed))
+            tracer.graph.output(tracer.create_arg(returned))
     tracer.guards.flush()
     return TracedBlock(
         tracer.graph, tracer.inputs, tracer.guards.guards, tracer.inspected, tracer.opened_seen,
-        tuple(write for write, _ in changed), tuple(dict.fromkeys(tracer.notes)),
+        tuple(write for write, _ in changed), kind, tuple(dict.fromkeys(tracer.notes)),
     )  # fmt: skip
 
 

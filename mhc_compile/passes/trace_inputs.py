@@ -10,9 +10,10 @@ from typing import Any
 from torch import fx
 
 from mhc_compile.passes.call_paths import LeafPath, is_open, named_leaves, positional_names
-from mhc_compile.passes.containers import children, put, rebuilt
+from mhc_compile.passes.containers import children, put, rebuilt, record_fields
 from mhc_compile.passes.trace_patches import protected_copy
 from mhc_compile.passes.tracer import CONSTANTS, Tracer
+from mhc_compile.passes.value_proxy import proxies_in
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,13 @@ def add_inputs(
     return first + rest, named, containers
 
 
+def plain(value: Any) -> Any:
+    """A dict of the fields of a dataclass object that holds proxies; other values as they are."""
+    if hasattr(type(value), "__dataclass_fields__") and proxies_in(value):
+        return {name: getattr(value, name) for name in record_fields(value)}
+    return value
+
+
 def write_back(container: Any, contents: Any) -> None:
     """Gives a container the contents that the forward left in it."""
     if isinstance(container, list):
@@ -111,22 +119,29 @@ def write_back(container: Any, contents: Any) -> None:
         container.clear()
         container.update(contents)
     else:
-        for name, part in children(contents) or vars(contents).items():
-            put(container, str(name), part)
+        for name, part in contents.items():
+            put(container, name, part)
 
 
-def apply_writes(writes: tuple[Write, ...], find: Callable[[LeafPath], Any], result: Any) -> Any:
-    """Splits what a graph with writes returns, and changes the containers.
+def finish_result(
+    writes: tuple[Write, ...], kind: type | None, find: Callable[[LeafPath], Any], result: Any
+) -> Any:
+    """Makes what a forward returns of what its graph returns, and changes its arguments.
 
     Args:
-        writes: the containers that the forward changes.
+        writes: the containers among the arguments that the forward changes.
+        kind: the class of the result if that is a dataclass; the graph returns its fields.
         find: gives the argument at a path.
-        result: the forward's own result and the contents.
+        result: the graph's result; with writes, the forward's own and the contents.
 
     Returns:
         The forward's result, with the arguments themselves where it returns them.
     """
-    result, contents = result
+    contents: tuple[Any, ...] = ()
+    if writes:
+        result, contents = result
+    if kind is not None and not any(write.returned == () for write in writes):
+        result = kind(**result)
     for write, content in zip(writes, contents, strict=True):
         container = find(write.path)
         write_back(container, content)

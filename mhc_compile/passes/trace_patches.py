@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import collections
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
@@ -14,33 +13,6 @@ from torch import Tensor, nn
 
 from mhc_compile.errors import TraceError
 from mhc_compile.passes.value_proxy import ValueProxy, proxies_in
-
-
-@contextlib.contextmanager
-def side_effects_undone(block: nn.Module) -> Iterator[None]:
-    """Restores random state, buffers and attributes that running submodules may change."""
-    modules = list(block.modules())
-    attributes = [dict(m.__dict__) for m in modules]
-    inner = [
-        (value, copy.copy(value)) for m in modules for value in m.__dict__.values()
-        if isinstance(value, dict | list | set | collections.deque)
-    ]  # fmt: skip
-    buffers = [(b, b.detach().clone()) for b in block.buffers()]
-    devices = {b.device for b in [*block.parameters(), *block.buffers()] if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if buffer.device.type != "meta":
-                        buffer.copy_(before)
-            for module, before_dict in zip(modules, attributes, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(before_dict)
-            for value, contents in inner:
-                value.clear()
-                (value.update if isinstance(value, dict | set) else value.extend)(contents)
 
 
 def protected_copy(value: Any, memo: dict[int, Any], label: str) -> Any:
@@ -100,13 +72,17 @@ def patched_isinstance() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched_factories(tracer: Any) -> Iterator[None]:
-    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only."""
-    names = ("ones", "zeros", "empty", "rand", "randn")
+    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only.
+
+    And `torch.from_numpy`, which torch function modes do not see.
+    """
+    names = ("ones", "zeros", "empty", "rand", "randn", "from_numpy")
     originals = {name: getattr(torch, name) for name in names}
 
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if tracer.paused or not proxies_in((args, kwargs)):
+            numpy = original.__name__ == "from_numpy"
+            if tracer.paused or not (numpy or proxies_in((args, kwargs))):
                 return original(*args, **kwargs)
             return tracer.create("call_function", original, args, kwargs)
 

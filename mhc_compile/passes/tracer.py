@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from mhc_compile._torch_compat import Source, user_source
+from mhc_compile._torch_compat import Source, compiled_module, user_source
 from mhc_compile.errors import TraceError
 from mhc_compile.passes.call_paths import LeafPath
 from mhc_compile.passes.containers import children, is_named_tuple, is_record, rebuilt
@@ -146,9 +146,12 @@ class Tracer:
             if self.on_opened is not None and id(module) in self.opened:
                 self.on_opened()
             return self._run(module, args, kwargs)
-        if id(module) in self.opened:
-            return self.call_opened(self, module, args, kwargs)
+        inner = compiled_module(module) or module
+        if id(inner) in self.opened:
+            return self.call_opened(self, inner, args, kwargs)
         name = self.modules.get(id(module))
+        if name is None and next(module.parameters(), next(module.buffers(), None)) is None:
+            return module.forward(*args, **kwargs)  # made in the forward, such as nn.Softmax(-1)(x)
         if name is None:
             raise TraceError(
                 f"{self.label} calls a {type(module).__name__} at {here()} that is not one of its "
@@ -202,7 +205,8 @@ class Tracer:
         except Exception:
             if not module._forward_pre_hooks:
                 raise
-            return module(*args, **kwargs)  # its pre-hooks fetch what its forward needs
+            # Its pre-hooks fetch what its forward needs.
+            return module._call_impl(*args, **kwargs)
 
     def _save_overwritten(self, args: tuple[Any, ...]) -> None:
         """Parameters and attributes that a write in place would change are put back later."""
@@ -331,6 +335,8 @@ class Tracer:
             return self.graph.call_function(_constant(a))
         if builtins.isinstance(a, CONSTANTS) or type(a) in (int, float, complex, range):
             return a
+        if type(a).__module__ == "numpy":
+            return a.item() if a.ndim == 0 else self.graph.call_function(_array(a))
         if id(a) in self.objects:
             return self.attribute(self.objects[id(a)], a)._mhc_node
         return self._unknown(a)
@@ -412,6 +418,15 @@ def _constant(value: Any) -> Callable[[], Any]:
         return value
 
     return constant
+
+
+def _array(value: Any) -> Callable[[], Any]:
+    """A numpy array as the result of a call; what it depends on is guarded."""
+
+    def array() -> Any:
+        return value
+
+    return array
 
 
 def _public(func: Any) -> Any:

@@ -94,10 +94,14 @@ class ValueProxy:
         return id(self)
 
 
-def _operator(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
+def _operator(
+    function: Callable[..., Any], reflected: bool = False, on_number: Any = None
+) -> Callable[..., Any]:
     def method(self: ValueProxy, *others: Any) -> Any:
         args = (*others, self) if reflected else (self, *others)
-        return self._mhc_tracer.create("call_function", function, args, {})
+        number = on_number is not None and type(self._mhc_value) in (int, float, bool)
+        target = on_number if number else function
+        return self._mhc_tracer.create("call_function", target, args, {})
 
     return method
 
@@ -106,7 +110,11 @@ _REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow"
               "xor", "lshift", "rshift")  # fmt: skip
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior")
 _OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "invert", "getitem")
-for _name in (*_REFLECTED, *_IN_PLACE, *_OTHERS):
+for _name in _IN_PLACE:
+    _plain = getattr(operator, f"__{_name[1:]}__")
+    _method = _operator(getattr(operator, f"__{_name}__"), on_number=_plain)
+    setattr(ValueProxy, f"__{_name}__", _method)
+for _name in (*_REFLECTED, *_OTHERS):
     setattr(ValueProxy, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
 for _name in _REFLECTED:
     setattr(ValueProxy, f"__r{_name}__", _operator(getattr(operator, f"__{_name}__"), True))

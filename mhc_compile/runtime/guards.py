@@ -29,7 +29,8 @@ def check_value(value: Any, expected: Any, where: str, early: bool) -> None:
         TraceError: they differ and a part of the block has run.
     """
     if isinstance(value, Tensor):
-        if isinstance(expected, bool) and bool(value) == expected:
+        value = bool(value) if isinstance(expected, bool) else value
+        if isinstance(expected, bool) and value == expected:
             return
     elif value == expected:
         return

@@ -78,7 +78,6 @@ class Node:
     terms: list = field(default_factory=list)
     line: str = ""
     modules: tuple = ()
-    shape: tuple = ()
 
 
 class Calls(TorchFunctionMode):
@@ -163,11 +162,10 @@ class Watch(Calls):
                 if tensor is result or (tensor is not None and in_place(name)):
                     self.maker[id(tensor)] = len(self.nodes)
             terms = [self.maker_at(operands, inputs, a) for a in args[:3]]
-            self.nodes.append(
-                Node(name, operands, bits, event, [t for t in terms if t is not None],
-                     caller() if name in ADDS | ADDCMULS else "", tuple(name for name, *_ in self.stack),
-                     tuple(result.size()))
-            )  # fmt: skip
+            terms = [t for t in terms if t is not None]
+            line = caller() if name in ADDS | ADDCMULS else ""
+            modules = tuple(module for module, *_ in self.stack)
+            self.nodes.append(Node(name, operands, bits, event, terms, line, modules))
         return out
 
     @staticmethod
@@ -329,7 +327,7 @@ class Lockstep(Calls):
             if node.event:
                 self.at.setdefault(node.event, []).append(index)
         self.sites, self.starts, self.links, self.absorbed = {}, set(), set(), {}
-        self.next_site, self.collapse_at, self.state = {}, {}, {}
+        self.next_site, self.collapse_at, self.state, self.alias = {}, {}, {}, {}
         for chain in plan.streams.values():
             for site in chain:
                 self.sites[site.add] = site
@@ -360,6 +358,8 @@ class Lockstep(Calls):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self.alias:
+            args, kwargs = mapped(args, self.known), mapped(kwargs, self.known)
         held = [t for t in leaves((args, kwargs)) if type(t) is Streams]
         made = self.at.get(self.event, [])
         if not held:
@@ -367,13 +367,16 @@ class Lockstep(Calls):
             if leaves(out) or name == "__setitem__":
                 self.count()
                 if any(i in self.starts for i in made):
+                    if in_place(name):  # a tensor that the caller holds already
+                        self.alias[id(args[0])] = self.start(made[0], args[0])
+                        return out if out is None else self.alias[id(args[0])]
                     assert isinstance(out, torch.Tensor)
                     return self.start(made[0], out)
             return out
-        if name == "__get__" and func(*[t.streams[0] for t in held[:1]]) is None:
-            return None
-        if name == "__get__" and not leaves(func(held[0].streams[0])):
-            return func(held[0].streams[0])  # shape, dtype, device
+        if not in_place(name):
+            out = func(*mapped(args, self.first), **mapped(kwargs, self.first))
+            if not leaves(out):
+                return out  # a size, a dtype
         if self.event in self.plan.same:
             out = func(*mapped(args, self.first), **mapped(kwargs, self.first))
             if leaves(out):
@@ -402,6 +405,9 @@ class Lockstep(Calls):
             self.count()
         return out
 
+    def known(self, tensor):
+        return self.alias.get(id(tensor), tensor)
+
     @staticmethod
     def first(tensor):
         return tensor.streams[0] if type(tensor) is Streams else tensor
@@ -411,7 +417,7 @@ class Lockstep(Calls):
         return tensor.streams[i] if type(tensor) is Streams else tensor
 
     def read(self, x, made):
-        """H = pre(x) for the sublayer; whatever else looks at the stream gets the mean."""
+        """For a sublayer h = pre(x); whatever else looks at the stream gets the mean."""
         if type(x) is not Streams:
             return x
         site = self.next_site.get(x.node)
@@ -419,10 +425,8 @@ class Lockstep(Calls):
         inside = site is not None and any(
             i in site.branch or nodes[b].ancestors >> i & 1 for i in made for b in site.branch
         )
-        if made and not inside:
+        if not inside:
             return sum(x.streams) / self.n
-        if site is None:
-            return x.streams[0]  # not a tensor result: a size, a dtype, a comparison of them
         if x.read is None:
             weights = (self.parameters[f"{site.connection}.{k}"] for k in ("phi", "alpha", "bias"))
             pre, post, res = mhc_maps(x.streams, *weights, "paper")

@@ -1,5 +1,7 @@
 """Small modules for the residual patterns that the libraries have no model for."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from models import MLP, SPREAD, VOCABULARY, WIDTH, Attention, Block
@@ -191,10 +193,12 @@ class LayerScaleBlock(Parts):
 
 
 class InPlaceBlock(Parts):
+    """The residual is added into the branch; `x += F(norm(x))` itself cannot be trained."""
+
     def forward(self, x):
-        x += self.attn(self.ln_1(x))
-        x.add_(self.mlp(self.ln_2(x)))
-        return x
+        y = self.attn(self.ln_1(x))
+        y += x
+        return self.mlp(self.ln_2(y)).add_(y)
 
 
 class DictBlock(Parts):
@@ -668,6 +672,78 @@ class LayerAverage(Stack):
             x = block(x)
             states.append(x)
         return torch.stack(states).mean(0)
+
+
+class LerpBlock(Parts):
+    """torch.lerp(x, F, w) = (1 - w) x + w F, as in some gated and normalised transformers."""
+
+    def __init__(self, i=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((WIDTH,), 0.3))
+
+    def forward(self, x):
+        x = torch.lerp(x, self.attn(self.ln_1(x)), self.weight)
+        return torch.lerp(x, self.mlp(self.ln_2(x)), 0.4)
+
+
+class SummedListBlock(Parts):
+    """Python's sum() starts with 0 + x."""
+
+    def forward(self, x):
+        x = sum([x, self.attn(self.ln_1(x))])
+        return sum([x, self.mlp(self.ln_2(x))])
+
+
+class FusedProductBlock(Parts):
+    """The residual is the first argument of the sublayer's last matrix product."""
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        h = self.mlp[1](self.mlp[0](self.ln_2(x)))
+        return torch.addmm(x.flatten(0, 1), h.flatten(0, 1), self.mlp[2].weight.t()).view_as(x)
+
+
+class SomeTokensBlock(Parts):
+    """Mixture of Depths: the block works on the tokens that a router picks."""
+
+    def __init__(self, i=0):
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        weight, token = self.router(x).squeeze(-1).topk(3, dim=1)
+        token = token[..., None].expand(-1, -1, x.shape[-1])
+        chosen = x.gather(1, token)
+        return x.scatter_add(1, token, weight.sigmoid()[..., None] * self.mlp(self.ln_2(chosen)))
+
+
+class ClassTokenBlock(Parts):
+    """One sublayer leaves the first token alone: its residual is on the others only."""
+
+    def forward(self, x):
+        first, others = x[:, :1], x[:, 1:]
+        others = others + self.attn(self.ln_1(others))
+        x = torch.cat([first, others], dim=1)
+        return x + self.mlp(self.ln_2(x))
+
+
+class State(NamedTuple):
+    x: torch.Tensor
+    depth: int
+
+
+class NamedTupleBlock(Parts):
+    def forward(self, state):
+        x = state.x + self.attn(self.ln_1(state.x))
+        return State(x + self.mlp(self.ln_2(x)), state.depth + 1)
+
+
+class NamedTuplePlumbing(Stack):
+    def trunk(self, x):
+        state = State(x, 0)
+        for block in self.blocks:
+            state = block(state)
+        return state.x
 
 
 def torch_decoder(norm_first):

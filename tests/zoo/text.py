@@ -5,12 +5,12 @@ The sites of each were read off its modeling file before any tool ran on it.
 
 import dataclasses
 
+import torch
 import transformers as hf
 from entry import GENERATE, Entry
 from models import LENGTH, SPREAD, VOCABULARY, tokens
 
 NO_STATIC = ("greedy", "beam", "left_padding")
-NO_BEAM = ("greedy", "static_cache", "left_padding")
 RECURRENT = ("greedy", "beam")
 
 COMMON = {
@@ -87,9 +87,7 @@ DECODERS = (
     decoder("OpenAI GPT", why="2 blocks x (attention, MLP), LayerNorm(x + F(x))",
             config="OpenAIGPT", model="OpenAIGPTLMHeadModel", generate=NO_STATIC),
     decoder("CTRL", model="CTRLLMHeadModel", dff=64),
-    # The library's own generate() with a static cache gives other tokens than without one.
-    decoder("GPT-Neo", config="GPTNeo", attention_types=[[["global", "local"], 1]], window_size=4,
-            generate=NO_STATIC),
+    decoder("GPT-Neo", config="GPTNeo", attention_types=[[["global", "local"], 1]], window_size=4),
     decoder("GPT-J", (2,), PARALLEL, config="GPTJ", rotary_dim=4),
     decoder("GPT-NeoX parallel", (2,), PARALLEL, config="GPTNeoX", use_parallel_residual=True),
     decoder("GPT-NeoX", config="GPTNeoX", use_parallel_residual=False),
@@ -205,8 +203,7 @@ MIXTURES = (
     moe("dots1", why=SHARED, config="Dots1", n_routed_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, head_dim=8, first_k_dense_replace=1, n_group=1, topk_group=1,
         n_shared_experts=1),
-    # The library's beam search does not reorder the states of linear attention.
-    moe("MiniMax", generate=NO_BEAM, why="2 layers x (attention, experts), post-norm, the skip times a constant; "
+    moe("MiniMax", why="2 layers x (attention, experts), post-norm, the skip times a constant; "
         "one layer of linear attention", num_local_experts=4, head_dim=8, block_size=4),
     moe("LongCat-Flash", (8,), "2 layers x (attention, MLP, attention, MLP); the experts' "
         "shortcut is added behind the last", config="LongcatFlash", num_layers=2, q_lora_rank=16,
@@ -248,8 +245,7 @@ HYBRIDS = (
            num_local_experts=4, shared_intermediate_size=32, mamba_n_heads=8, mamba_d_head=8,
            mamba_d_state=4, mamba_n_groups=1, mamba_chunk_size=4,
            layer_types=["mamba", "attention"]),
-    # The library's beam search does not reorder the states of the recurrence.
-    hybrid("RecurrentGemma", (6,), generate=NO_BEAM, why="3 layers x (recurrence or attention, MLP)", head_dim=8,
+    hybrid("RecurrentGemma", (6,), "3 layers x (recurrence or attention, MLP)", head_dim=8,
            lru_width=32, num_hidden_layers=3, attention_window_size=16),
     hybrid("RWKV", config="Rwkv", why="2 blocks x (time mix, channel mix), a norm before the first",
            context_length=64, attention_hidden_size=32, generate=()),
@@ -277,4 +273,174 @@ HYBRIDS = (
            generate=("greedy",)),
 )  # fmt: skip
 
-ENTRIES = (*DECODERS, *MIXTURES, *HYBRIDS)
+POST = "2 layers x (attention, MLP), LayerNorm(x + F(x))"
+
+
+def encoder(name, sites=(4,), why=POST, config="", model="", **kwargs):
+    config = config or name.replace("-", "").replace(" ", "")
+    model = model or f"{config}ForMaskedLM"
+    return entry("encoder-only", name, sites, why, config=config, model=model, **kwargs)
+
+
+def boxes(batch=2, length=8, seed=0):
+    """LiLT wants a bounding box a token, corners in order."""
+    corner = tokens(batch, length, seed + 2000).unsqueeze(-1)
+    return {**ids(batch, length, seed), "bbox": corner + torch.tensor([0, 0, 10, 5])}
+
+
+def long_ids(batch=2, length=8, seed=0):
+    """Local attention needs more tokens than one window."""
+    return ids(batch, 3 * length, seed)
+
+
+ENCODERS = (
+    encoder("BERT", config="Bert"),
+    encoder("RoBERTa", config="Roberta"),
+    encoder("RoBERTa pre-norm", why=PRE, config="RobertaPreLayerNorm"),
+    encoder("XLM-RoBERTa", config="XLMRoberta"),
+    encoder("XLM-RoBERTa XL", why=PRE, config="XLMRobertaXL"),
+    encoder("X-MOD", (6,), "2 layers x (attention, MLP, adapter of the language)", config="Xmod",
+            languages=["en_XX", "de_DE"], default_language="en_XX"),
+    encoder("CamemBERT", config="Camembert"),
+    encoder("Data2Vec text", config="Data2VecText"),
+    encoder("DistilBERT", config="DistilBert", hidden_dim=64),
+    encoder("ELECTRA", config="Electra", embedding_size=16),
+    encoder("DeBERTa", config="Deberta", pos_att_type=["c2p", "p2c"], relative_attention=True),
+    encoder("DeBERTa-v2", config="DebertaV2", pos_att_type=["c2p", "p2c"], relative_attention=True,
+            position_buckets=8, norm_rel_ebd="layer_norm"),
+    encoder("ALBERT", why="one shared block called twice x (attention, MLP), LayerNorm(x + F(x))",
+            config="Albert", embedding_size=16),
+    encoder("MPNet"),
+    encoder("ERNIE", config="Ernie"),
+    encoder("MegatronBERT", why=PRE, config="MegatronBert"),
+    encoder("RemBERT", config="RemBert", input_embedding_size=16, output_embedding_size=16),
+    encoder("RoFormer", config="RoFormer", embedding_size=32),
+    encoder("ConvBERT", config="ConvBert", embedding_size=32, head_ratio=2, num_groups=1),
+    encoder("ModernBERT", why=PRE, config="ModernBert"),
+    encoder("EuroBERT", why=PRE, config="EuroBert"),
+    encoder("Nystromformer", segment_means_seq_len=64, num_landmarks=64),
+    encoder("YOSO", config="Yoso", use_expectation=True, use_fast_hash=False, conv_window=None),
+    encoder("FNet", why="2 layers x (Fourier transform, MLP), LayerNorm(x + F(x))"),
+    encoder("SqueezeBERT", (), "2 layers x 2 adds on [batch, channels, tokens]",
+            config="SqueezeBert", refused=("channel axis", 4), embedding_size=32, q_groups=1,
+            k_groups=1, v_groups=1, post_attention_groups=1, intermediate_groups=1,
+            output_groups=1),
+    encoder("Longformer", inputs=long_ids, attention_window=[4, 4]),
+    encoder("BigBird", attention_type="original_full"),
+    encoder("BigBird sparse", config="BigBird", attention_type="block_sparse", block_size=2,
+            num_random_blocks=1, max_position_embeddings=128, inputs=long_ids),
+    encoder("ESM", why=PRE, config="Esm", position_embedding_type="rotary", token_dropout=False,
+            mask_token_id=3),
+    encoder("XLNet", model="XLNetLMHeadModel"),
+    # In training mode the quantizer that adds branches on what the sum's extrema are.
+    encoder("I-BERT", (), "2 layers x (attention, MLP), each add in a module QuantAct",
+            config="IBert", refused=("control flow depends on data", 0)),
+    encoder("MobileBERT", (4, 4), "a layer narrows the state, adds 4 feed-forward nets to it, "
+            "and widens it again: 4 adds a layer, within the one add around the layer; attention "
+            "reads another projection than the one it is added to", config="MobileBert",
+            embedding_size=32, true_hidden_size=16, intra_bottleneck_size=16,
+            num_feedforward_networks=4, normalization_type="layer_norm"),
+    encoder("LiLT", (4, 2), "two streams, text and layout, each 2 layers x (attention, MLP); the "
+            "model returns no layout state, so that of the last layer is unused",
+            config="Lilt", model="LiltModel", result=last_hidden_state, inputs=boxes,
+            max_2d_position_embeddings=128, channel_shrink_ratio=2, hidden_size=48),
+    encoder("XLM", why="2 layers x (attention, MLP) in the model's own forward, "
+            "LayerNorm(x + F(x))", model="XLMWithLMHeadModel", emb_dim=32, n_layers=2, n_heads=4,
+            n_words=VOCABULARY, embed_init_std=SPREAD, init_std=SPREAD),
+    encoder("FlauBERT", why="2 layers x (attention, MLP) in the model's own forward, "
+            "LayerNorm(x + F(x))", config="Flaubert", model="FlaubertWithLMHeadModel", emb_dim=32,
+            n_layers=2, n_heads=4, n_words=VOCABULARY, embed_init_std=SPREAD, init_std=SPREAD),
+    encoder("Funnel", (6,), "blocks of 1 layer x (attention, MLP), pooled between; 1 decoder layer "
+            "behind upsampling, with a long skip from the first block", block_sizes=[1, 1],
+            num_decoder_layers=1, d_model=32, n_head=4, d_head=8, d_inner=64),
+)  # fmt: skip
+
+ENCODER_DECODER = ("encoder 2 layers x (attention, MLP), decoder 2 layers x (attention, "
+                   "cross-attention, MLP)")  # fmt: skip
+
+
+def source_and_target(batch=2, length=8, seed=0):
+    target = tokens(batch, max(2, length - 3), seed + 1000)
+    return {**ids(batch, length, seed), "decoder_input_ids": target}
+
+
+def long_source(batch=2, length=8, seed=0):
+    target = tokens(batch, max(2, length - 3), seed + 1000)
+    return {**long_ids(batch, length, seed), "decoder_input_ids": target}
+
+
+def seq2seq(name, sites=(4, 6), why=ENCODER_DECODER, config="", model="", **kwargs):
+    config = config or name.replace("-", "").replace(" ", "")
+    model = model or f"{config}ForConditionalGeneration"
+    kwargs = {"inputs": source_and_target, "generate": GENERATE, **kwargs}
+    return entry("encoder-decoder", name, sites, why, config=config, model=model,
+                 decoder_start_token_id=2, **kwargs)  # fmt: skip
+
+
+T5_LIKE = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2}
+BART_LIKE = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": SPREAD,
+}  # fmt: skip
+PROPHET_LIKE = {
+    "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+    "num_decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "init_std": SPREAD,
+}  # fmt: skip
+GEMMA_LIKE = {"head_dim": 8, "num_key_value_heads": 2, "num_attention_heads": 4,
+              "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH,
+              "initializer_range": SPREAD, "bos_token_id": 0, "eos_token_id": 1,
+              "pad_token_id": 2}  # fmt: skip
+
+ENCODER_DECODERS = (
+    seq2seq("T5", **T5_LIKE),
+    seq2seq("T5 gated", config="T5", feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            **T5_LIKE),
+    seq2seq("mT5", config="MT5", **T5_LIKE),
+    seq2seq("UMT5", **T5_LIKE),
+    seq2seq("LongT5 local", config="LongT5", encoder_attention_type="local", local_radius=3,
+            inputs=long_source, **T5_LIKE),
+    seq2seq("LongT5 global", config="LongT5", encoder_attention_type="transient-global",
+            local_radius=3, global_block_size=4, inputs=long_source, **T5_LIKE),
+    seq2seq("Switch Transformers", config="SwitchTransformers", num_experts=4,
+            num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+            expert_capacity=16, **T5_LIKE),
+    seq2seq("BART", config="Bart", **BART_LIKE),
+    seq2seq("mBART", config="MBart", **BART_LIKE),
+    seq2seq("PLBART", config="PLBart", **BART_LIKE),
+    seq2seq("MVP", config="Mvp", **BART_LIKE),
+    seq2seq("Pegasus", **BART_LIKE),
+    seq2seq("PEGASUS-X", (4, 2, 6), ENCODER_DECODER + "; the encoder's global tokens are a second "
+            "stream, unused behind the last layer's attention",
+            config="PegasusX", block_size=8, num_global_tokens=4, inputs=long_source,
+            **BART_LIKE),
+    seq2seq("BigBird-Pegasus", config="BigBirdPegasus", attention_type="original_full",
+            **BART_LIKE),
+    seq2seq("Blenderbot", **BART_LIKE),
+    seq2seq("Blenderbot small", config="BlenderbotSmall", **BART_LIKE),
+    seq2seq("Marian", model="MarianMTModel", **BART_LIKE),
+    seq2seq("FSMT", model="FSMTForConditionalGeneration", langs=["en", "de"],
+            src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, **BART_LIKE),
+    seq2seq("M2M100", **BART_LIKE),
+    seq2seq("NLLB-MoE", config="NllbMoe", num_experts=4, encoder_sparse_step=2,
+            decoder_sparse_step=2, expert_capacity=16, **BART_LIKE),
+    seq2seq("LED", attention_window=[4, 4], max_encoder_position_embeddings=64,
+            max_decoder_position_embeddings=64, **BART_LIKE),
+    # The library's generate() raises for the plain model.
+    seq2seq("ProphetNet", config="ProphetNet", generate=(), ngram=2, **PROPHET_LIKE),
+    seq2seq("T5Gemma", config="T5Gemma", encoder=GEMMA_LIKE, decoder=GEMMA_LIKE,
+            vocab_size=VOCABULARY),
+    # The plain model has no static cache of its mask's kind: a KeyError.
+    seq2seq("T5Gemma2", (4, 4), generate=NO_STATIC, why="encoder and decoder 2 layers x "
+            "(attention, MLP); the decoder attends to itself and the encoder at once",
+            config="T5Gemma2", encoder={"text_config": GEMMA_LIKE}, decoder=GEMMA_LIKE,
+            vocab_size=VOCABULARY),
+)  # fmt: skip
+
+NATIVE = (
+    entry("native hyper-connections", "DeepSeek-V4", (), "has hyper-connections of its own",
+          config="DeepseekV4", refused=("hyper-connections of its own", 0)),
+)  # fmt: skip
+
+ENTRIES = (*DECODERS, *MIXTURES, *HYBRIDS, *ENCODERS, *ENCODER_DECODERS, *NATIVE)
