@@ -30,14 +30,18 @@ LINES = Path(generator.__file__).read_text().splitlines()
 
 def may_refuse(spec):
     """Whether the library may say no: these streams are handled or refused, never guessed."""
-    return must_refuse(spec) or any(
-        "bct" in (stack.layout, stack.inner)  # the channel axis is not the last
-        or stack.inject != "none"  # earlier states come back
-        or stack.carry == "data"  # an object of the user's own class
-        # an add that runs within an autograd function, in a block that cannot be its owner
-        or (stack.checkpoint == "reentrant" and (stack.repeat or stack.pad))
-        or stack.hook == "halve"  # a hook writes the stream, no line of a block does
-        for stack in spec.stacks
+    return (
+        must_refuse(spec)
+        or any(
+            "bct" in (stack.layout, stack.inner)  # the channel axis is not the last
+            or stack.inject != "none"  # earlier states come back
+            or stack.carry == "data"  # an object of the user's own class
+            # an add that runs within an autograd function, in a block that cannot be its owner
+            or (stack.checkpoint == "reentrant" and (stack.repeat or stack.pad))
+            or stack.hook == "halve"  # a hook writes the stream, no line of a block does
+            for stack in spec.stacks
+        )
+        or any(site.scale == "addcmul_skip" for site in all_sites(spec))
     )
 
 
@@ -204,7 +208,7 @@ def outcome(spec):
 
 def _kind(error):
     """The start of a message without the numbers and names of the draw."""
-    text = str(error).split("\n")[0].split("cannot be rewritten: ")[-1]
+    text = re.sub("the residual add at .* cannot be rewritten: ", "", str(error).split("\n")[0])
     return re.sub(r"'stacks[\w.]*'|\[[\d, ]*\]|\d+(\.\d+)?(e-?\d+)?", "*", text)[:120]
 
 
