@@ -75,8 +75,10 @@ class Spec(Plain):
 
 NORMS = ("pre", "post", "sandwich", "none", "branch", "before")
 NORM_KINDS = ("layer", "own", "rms")
+# Names that are rare stand behind the plus: the library may or must refuse them.
 SCALES = ("none", "constant", "layer", "alpha", "addcmul", "minus", "skip", "skip_scalar",
-          "skip_vector", "alpha_skip", "addcmul_skip", "adaptive", "gated", "highway")  # fmt: skip
+          "skip_vector", "alpha_skip", "adaptive", "gated") * 4 + (
+          "addcmul_skip", "highway")  # fmt: skip
 WRITES = ("x+f", "f+x", "torch", "method", "iadd", "add_", "f_add_")
 IN_PLACE = ("iadd", "add_", "f_add_")
 BODIES = ("mlp", "cubic", "swiglu", "gated_cubic", "attention", "rotary", "relative", "conv", "ssm",
@@ -128,8 +130,8 @@ def stacks(draw, cross=False, largest=3):
         blocks=blocks,
         trunk=draw(st.sampled_from(("loop", "loop", "sequential", "root", "deferred"))),
         carry=draw(st.sampled_from(CARRIES)),
-        layout=draw(st.sampled_from(("btc",) * 6 + ("flat", "tbc", "bct"))),
-        inner=draw(st.sampled_from(("btc",) * 6 + ("flat", "tbc", "bct"))),
+        layout=draw(st.sampled_from(("btc",) * 12 + ("flat", "tbc") * 2 + ("bct",))),
+        inner=draw(st.sampled_from(("btc",) * 12 + ("flat", "tbc") * 2 + ("bct",))),
         inject=draw(
             st.sampled_from(
                 ("none",) * 6
