@@ -58,13 +58,14 @@ class Variant:
 
 @dataclass
 class BlockRewrite:
-    """What a rewritten block keeps besides its modules."""
+    """What a rewritten block keeps besides its modules; `ran` is for `surroundings`."""
 
     plan: BlockPlan
     config: MHCConfig
     original: type[nn.Module]
     open_names: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    ran: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle keeps: functions are made anew, from the code that a process runs."""
@@ -112,6 +113,8 @@ class BlockRewrite:
         leaves: list[Any],
     ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
+        if not torch.compiler.is_compiling():
+            self.ran = True
         inputs = [leaves[i] for i in variant.order]
         if variant.modes and not torch.compiler.is_compiling():
             with left_on_error():
