@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from mhc_compile.errors import UnsupportedResidualError
-from mhc_compile.passes.find_residuals import BlockPlan, format_source
 from mhc_compile.passes.flow import NOOPS as NOOP_NAMES
 from mhc_compile.passes.flow import (
     Candidate,
@@ -17,6 +16,7 @@ from mhc_compile.passes.flow import (
     find_candidates,
     is_heavy_name,
 )
+from mhc_compile.passes.plan import BlockPlan, format_source
 from mhc_compile.passes.streams import link_streams, split_nested
 
 

@@ -30,9 +30,10 @@ from mhc_compile.passes.block_calls import (
     replace_streams,
 )
 from mhc_compile.passes.call_paths import argument_at, positional_names
-from mhc_compile.passes.find_residuals import BlockPlan
+from mhc_compile.passes.graph_sites import collapse_name
 from mhc_compile.passes.open_arguments import find_open_arguments
-from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
+from mhc_compile.passes.plan import BlockPlan
+from mhc_compile.passes.rewrite_block import rewrite_block
 from mhc_compile.passes.trace_block import TracedBlock, trace_block, warn_of_notes
 from mhc_compile.passes.trace_inputs import Write, finish_result
 from mhc_compile.runtime.guards import GuardMismatch

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mhc_compile._torch_compat import tensor_leaves
 from mhc_compile.errors import MHCError
-from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.passes.install_blocks import BlockRewrite, rewrite_of
+from mhc_compile.passes.plan import BlockPlan
 from mhc_compile.runtime.modules import MARK
 
 _PACKED = "_mhc_used_nested_tensor"
