@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from entry import GENERATE, Entry
@@ -20,7 +21,8 @@ STEP0 = 1e-5
 """Largest difference at step 0, relative to the largest value of the plain model's result."""
 GRADIENT = 1e-4
 """Largest difference of an original parameter's gradient at step 0, relative to its largest
-value; gradients below a thousandth of the model's largest are measured against that."""
+value; gradients below a hundredth of the model's largest are measured against that, since those
+that are zero but for rounding (biases before a norm) have no scale of their own."""
 REFERENCE = 2e-5
 """Largest difference from the reference with perturbed connections, relative as for STEP0."""
 FLOOR = 1e-6
@@ -150,6 +152,11 @@ def check_shapes(case: Case) -> None:
         case.close("shapes", case.run(case.model, inputs), wanted, STEP0)
 
 
+def fixed_randomness() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # the masks of SpecAugment
+
+
 def projected_loss(case: Case, model: nn.Module, seed: int) -> torch.Tensor:
     """A random projection: the mean square of a normed result would have no gradient."""
     result = case.run(model, case.entry.inputs(2, 9, seed))
@@ -163,7 +170,7 @@ def check_gradients(case: Case) -> None:
     for model in (case.plain, case.model):
         model.train()
         model.zero_grad()
-        torch.manual_seed(0)
+        fixed_randomness()
         projected_loss(case, model, 3).backward()
         model.eval()
         gradients.append({k: p.grad for k, p in model.named_parameters()})
@@ -174,7 +181,7 @@ def check_gradients(case: Case) -> None:
     for name, gradient in plain.items():
         assert (gradient is None) == (got[name] is None), name
         if gradient is not None and gradient.numel():
-            scale = max(float(gradient.abs().max()), 1e-3 * top)
+            scale = max(float(gradient.abs().max()), 1e-2 * top)
             difference = float((gradient - got[name]).abs().max()) / scale
             self_limit = GRADIENT * case.entry.loose
             assert difference <= self_limit, f"gradient of {name} differs by {difference:.2g}"
@@ -185,7 +192,7 @@ def check_gradients(case: Case) -> None:
 def check_training(case: Case) -> None:
     """Off the start, every parameter of every connection gets a gradient, and a step is taken."""
     model = case.perturb().train()
-    torch.manual_seed(0)
+    fixed_randomness()
     projected_loss(case, model, 4).backward()
     parameters = dict(mc.mhc_parameters(model))
     for name, parameter in parameters.items():

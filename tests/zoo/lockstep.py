@@ -26,6 +26,11 @@ SAME_VALUE = {
     "clone", "detach", "unsqueeze", "squeeze", "flatten", "unflatten",
 }  # fmt: skip
 SCALES = {"mul", "mul_", "__mul__", "__rmul__", "div", "__truediv__"}
+HEAVY = {
+    "linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "einsum",
+    "conv1d", "conv2d", "conv3d", "embedding", "scaled_dot_product_attention", "cumsum",
+    "multi_head_attention_forward",
+}  # fmt: skip
 NN = os.path.join(os.path.dirname(torch.__file__), "nn", "modules") + os.sep
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -78,6 +83,7 @@ class Node:
     terms: list = field(default_factory=list)
     line: str = ""
     modules: tuple = ()
+    is_float: bool = True
 
 
 class Calls(TorchFunctionMode):
@@ -165,7 +171,8 @@ class Watch(Calls):
             terms = [t for t in terms if t is not None]
             line = caller() if name in ADDS | ADDCMULS else ""
             modules = tuple(module for module, *_ in self.stack)
-            self.nodes.append(Node(name, operands, bits, event, terms, line, modules))
+            floats = result.dtype.is_floating_point
+            self.nodes.append(Node(name, operands, bits, event, terms, line, modules, floats))
         return out
 
     @staticmethod
@@ -178,7 +185,11 @@ class Watch(Calls):
 
 @dataclass
 class Site:
-    """A residual add: nodes of the add, of its skip, of the branch's terms and absorbed adds."""
+    """A residual add: nodes of the add, of its skip, of the branch's terms and absorbed adds.
+
+    `path` leads from the state that the branch reads, through casts and scales, to the skip;
+    `links` are the operations on the stream between earlier states of it and the skip.
+    """
 
     add: int
     skip: int
@@ -186,10 +197,9 @@ class Site:
     absorbed: list
     module: str
     line: str
-    start: int = -1
+    path: list = field(default_factory=list)
     links: list = field(default_factory=list)
     connection: str = ""
-    last: bool = False
 
 
 class Plan:
@@ -221,25 +231,19 @@ class Plan:
     def _reads(self, node, other):
         return bool(self.nodes[node].ancestors >> other & 1)
 
-    def _between(self, start, stop):
-        if start == stop:
-            return []
-        inner = [i for i in range(start + 1, stop)
-                 if self._reads(stop, i) and self._reads(i, start)]  # fmt: skip
-        return [*inner, stop]
-
-    def _behind(self, node):
+    def _behind(self, node, steps=1 << 30):
         """The value behind casts, views, and scaling by a number or a parameter."""
-        while self.nodes[node].name in SAME_VALUE | SCALES:
+        while steps and self.nodes[node].name in SAME_VALUE | SCALES:
             made = [p for p in self.nodes[node].parents if self.nodes[p].ancestors]
+            made = made or self.nodes[node].parents[:1]
             if len(made) != 1:
                 break
-            node = made[0]
+            node, steps = made[0], steps - 1
         return node
 
-    def _pick(self, terms):
-        for i, skip in enumerate(terms):
-            others = terms[:i] + terms[i + 1 :]
+    def _pick(self, terms, fixed_skip=False):
+        for i, skip in enumerate(terms[:1] if fixed_skip else terms):
+            others = [t for t in terms[:i] + terms[i + 1 :] if self.nodes[t].ancestors]
             if others and all(self._reads(t, self._behind(skip)) for t in others):
                 return skip, others
         return None
@@ -253,8 +257,8 @@ class Plan:
             if node.line not in lines or index in absorbed:
                 continue
             terms, inner = node.terms[:2] if node.name in ADDS else node.terms, []
-            picked = self._pick(terms)
-            if picked is None and node.name in ADDS:
+            picked = self._pick(terms, node.name in ADDCMULS or "sub" in node.name)
+            if picked is None and node.name in ADDS and "sub" not in node.name:
                 flat = []
                 for term in terms:
                     below = self.nodes[term]
@@ -279,29 +283,80 @@ class Plan:
                 site.connection = f"{module}.mhc.{k}".lstrip(".")
 
     def _link(self, chain):
-        first = chain[0]
-        first.start = first.skip
-        while not all(self._reads(b, first.start) for b in first.branch):
-            first.start = self._behind(first.start)
-        first.links = self._between(first.start, first.skip)
-        for before, site in zip(chain, chain[1:], strict=False):
-            site.start = before.add
-            assert site.skip == before.add or self._reads(site.skip, before.add), site
-            site.links = self._between(before.add, site.skip)
+        """What works on each stream by itself, between the adds and behind the last one."""
+        states, inside = set(), set()
+        for site in chain:
+            site.path = self._path(site)
+            if not states:
+                states.add(site.path[0])
+            site.links = self._lifted(states, inside, site.skip)
+            assert site.skip in states | set(site.links), f"{site} does not continue its stream"
+            states |= {site.add, *site.links}
+            inside |= {i for b in site.branch for i in self._region(b, site.path[0])}
         last = chain[-1]
-        last.last = True
-        computed = [
-            [self.nodes[i].name for i in s.links] for s in chain[1:]
-            if any(self.nodes[i].name not in SAME_VALUE for i in s.links)
+        patterns = self._patterns(chain, inside)
+        ends = {pattern[-1] for pattern in patterns}
+        for stop in reversed(range(last.add + 1, len(self.nodes))):
+            node = self.nodes[stop]
+            if node.name in ends and last.module in ("", *node.modules):
+                tail = self._lifted({last.add}, inside, stop)
+                if stop in tail and self._names(tail) in patterns:
+                    self.trailing[last.add] = tail
+                    break
+
+    def _patterns(self, chain, inside):
+        """What stands between an add and the next skip: in the last block, or norms anywhere."""
+        owners, found = {"", *(site.module for site in chain)}, set()
+        for before, site in zip(chain, chain[1:], strict=False):
+            links = self._lifted({before.add}, inside, site.skip)
+            modules = [self.nodes[i].modules for i in links]
+            here = all(chain[-1].module in ("", *m) for m in modules)
+            if here or all(m[-1] not in owners for m in modules):
+                found.add(self._names(links))
+        return found - {()}
+
+    def _names(self, links):
+        """The functions of a post-norm or the like; nothing if only sizes and casts change."""
+        names = tuple(self.nodes[i].name for i in links)
+        return names if set(names) - SAME_VALUE else ()
+
+    def _path(self, site):
+        """From the skip back through casts and scales to the value that the branch reads."""
+        path, at, before = [site.skip], site.skip, None
+        while before != at:
+            before, at = at, self._behind(at, 1)
+            path.insert(0, at)
+        region = {i for b in site.branch for i in self._region(b, path[0])}
+        inside = {p for i in region for p in self.nodes[i].parents}
+        read = [k for k, i in enumerate(path) if i in inside]
+        return path[read[0] :] if read else [site.skip]
+
+    def _region(self, branch, start):
+        """The operations of a sublayer: those that depend on `start`, with the branch itself."""
+        bits = self.nodes[branch].ancestors | 1 << branch
+        return [
+            i for i in range(start + 1, branch + 1) if bits >> i & 1 and self._reads(i, start)
         ]  # fmt: skip
-        tail = []
-        if 2 * len(computed) > len(chain) - 1 > 0:
-            # Post-norm: the norm behind the last add is the stream's too.
-            after = [i for i in range(last.add + 1, len(self.nodes)) if self._reads(i, last.add)]
-            tail = after[: len(computed[-1])]
-            if [self.nodes[i].name for i in tail] != computed[-1]:
-                tail = []
-        self.trailing[last.add] = tail
+
+    def _lifted(self, states, inside, stop):
+        """Light operations outside sublayers that lead from states of a stream to `stop`."""
+        if stop in states:
+            return []
+        bits, lifted = self.nodes[stop].ancestors | 1 << stop, set()
+        for i in range(min(states) + 1, stop + 1):
+            node = self.nodes[i]
+            if not bits >> i & 1 or node.name in HEAVY or not node.is_float:
+                continue
+            if i not in states and i not in inside:
+                if any(p in states or p in lifted for p in node.parents):
+                    lifted.add(i)
+        needed, todo = set(), [stop]
+        while todo:
+            at = todo.pop()
+            if at in lifted and at not in needed:
+                needed.add(at)
+                todo += self.nodes[at].parents
+        return sorted(needed)
 
 
 class Streams(torch.Tensor):
@@ -311,7 +366,7 @@ class Streams(torch.Tensor):
     def of(streams, node, branch=None):
         with torch._C.DisableTorchFunction():
             self = torch.full_like(streams[0].detach(), float("nan")).as_subclass(Streams)
-        self.streams, self.node, self.branch, self.read = list(streams), node, branch, None
+        self.streams, self.node, self.branch = list(streams), node, branch
         return self
 
 
@@ -327,15 +382,16 @@ class Lockstep(Calls):
             if node.event:
                 self.at.setdefault(node.event, []).append(index)
         self.sites, self.starts, self.links, self.absorbed = {}, set(), set(), {}
-        self.next_site, self.collapse_at, self.state, self.alias = {}, {}, {}, {}
+        self.readers, self.collapse_at, self.maps, self.alias = {}, {}, {}, {}
         for chain in plan.streams.values():
             for site in chain:
                 self.sites[site.add] = site
                 self.links.update(site.links)
                 self.absorbed.update((i, site) for i in site.absorbed)
-                self.next_site.update((i, site) for i in (site.start, *site.links))
-            self.starts.add(chain[0].start)
-            tail = plan.trailing[chain[-1].add]
+                for i in site.path:
+                    self.readers.setdefault(i, []).append(site)
+            self.starts.add(chain[0].path[0])
+            tail = plan.trailing.get(chain[-1].add, [])
             self.links.update(tail)
             self.collapse_at[tail[-1] if tail else chain[-1].add] = self._collapse_name(chain[-1])
 
@@ -420,19 +476,21 @@ class Lockstep(Calls):
         """For a sublayer h = pre(x); whatever else looks at the stream gets the mean."""
         if type(x) is not Streams:
             return x
-        site = self.next_site.get(x.node)
         nodes = self.plan.nodes
-        inside = site is not None and any(
-            i in site.branch or nodes[b].ancestors >> i & 1 for i in made for b in site.branch
-        )
-        if not inside:
-            return sum(x.streams) / self.n
-        if x.read is None:
+        for site in sorted(self.readers.get(x.node, []), key=lambda s: s.add):
+            if any(i in site.branch or nodes[b].ancestors >> i & 1
+                   for i in made for b in site.branch):  # fmt: skip
+                pre, _, _ = self.coefficients(site, x)
+                return sum(p.unsqueeze(-1) * s for p, s in zip(pre, x.streams, strict=True))
+        return sum(x.streams) / self.n
+
+    def coefficients(self, site, x):
+        """The maps of a site, from the state that its sublayer reads first."""
+        key = site.add, tuple(x.size()[:-1])
+        if key not in self.maps:
             weights = (self.parameters[f"{site.connection}.{k}"] for k in ("phi", "alpha", "bias"))
-            pre, post, res = mhc_maps(x.streams, *weights, "paper")
-            self.state.setdefault(site.add, (post, res))
-            x.read = sum(p.unsqueeze(-1) * s for p, s in zip(pre, x.streams, strict=True))
-        return x.read
+            self.maps[key] = mhc_maps(x.streams, *weights, "paper")
+        return self.maps[key]
 
     def mix(self, site, name, args, kwargs):
         """x'_i = sum_j res_ij x_j + post_i F, with F in whichever form the add has it."""
@@ -449,7 +507,7 @@ class Lockstep(Calls):
                 f = -f
         if x.branch is not None:
             f = f + x.branch
-        post, res = self.state[site.add]
+        _, post, res = self.coefficients(site, x)
         return [
             sum(r.unsqueeze(-1) * s for r, s in zip(row, x.streams, strict=True))
             + p.unsqueeze(-1) * f
