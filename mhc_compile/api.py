@@ -19,7 +19,7 @@ from mhc_compile.errors import (
     UnsupportedResidualError,
 )
 from mhc_compile.passes.example_inputs import Inputs, resolve_inputs
-from mhc_compile.passes.find_residuals import Plan, ResidualSite, ResidualSites, plan_rewrite
+from mhc_compile.passes.find_residuals import plan_rewrite
 from mhc_compile.passes.install_blocks import (
     ATTRIBUTE,
     BlockRewrite,
@@ -30,6 +30,7 @@ from mhc_compile.passes.install_blocks import (
 )
 from mhc_compile.passes.native import refuse_native
 from mhc_compile.passes.note_config import forget_in_config, note_in_config
+from mhc_compile.passes.plan import Plan, ResidualSite, ResidualSites
 from mhc_compile.passes.prepare_blocks import ask_once, prepare_blocks
 from mhc_compile.passes.record import Recording, record_forward
 from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings

@@ -10,8 +10,8 @@ from torch import nn
 from mhc_compile.config import MHCConfig
 from mhc_compile.conventions import CONVENTIONS
 from mhc_compile.errors import CheckpointError, ConfigError, NotTransformedError
-from mhc_compile.passes.find_residuals import ResidualSite
 from mhc_compile.passes.install_blocks import ATTRIBUTE, rewritten_blocks
+from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.runtime.modules import HyperConnection, StreamCollapse
 
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)

@@ -30,9 +30,10 @@ from mhc_compile.passes.block_calls import (
     replace_streams,
 )
 from mhc_compile.passes.call_paths import argument_at, positional_names
-from mhc_compile.passes.find_residuals import BlockPlan
+from mhc_compile.passes.graph_sites import collapse_name
 from mhc_compile.passes.open_arguments import find_open_arguments
-from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
+from mhc_compile.passes.plan import BlockPlan
+from mhc_compile.passes.rewrite_block import rewrite_block
 from mhc_compile.passes.trace_block import TracedBlock, trace_block, warn_of_notes
 from mhc_compile.passes.trace_inputs import Write, finish_result
 from mhc_compile.runtime.guards import GuardMismatch
@@ -58,13 +59,14 @@ class Variant:
 
 @dataclass
 class BlockRewrite:
-    """What a rewritten block keeps besides its modules."""
+    """What a rewritten block keeps besides its modules; `ran` is for `surroundings`."""
 
     plan: BlockPlan
     config: MHCConfig
     original: type[nn.Module]
     open_names: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    ran: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle keeps: functions are made anew, from the code that a process runs."""
@@ -112,6 +114,8 @@ class BlockRewrite:
         leaves: list[Any],
     ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
+        if not torch.compiler.is_compiling():
+            self.ran = True
         inputs = [leaves[i] for i in variant.order]
         if variant.modes and not torch.compiler.is_compiling():
             with left_on_error():

@@ -12,8 +12,9 @@ from torch import nn
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import MHCError, UnsupportedResidualError
 from mhc_compile.passes.example_inputs import Inputs
-from mhc_compile.passes.find_residuals import Plan, ResidualSite, plan_rewrite
+from mhc_compile.passes.find_residuals import plan_rewrite
 from mhc_compile.passes.install_blocks import BlockRewrite, prepare_block
+from mhc_compile.passes.plan import Plan, ResidualSite
 from mhc_compile.passes.record import Recording, patched_module_call
 
 Filter = Callable[[ResidualSite], bool]
