@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TIMM := .venv-timm
 
-.PHONY: demo test lint clean
+.PHONY: demo test properties test-timm lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -12,6 +13,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# DRAWS random transformers (`make test` draws 200); MHC_TEST_SEED=7 draws anew.
+properties: DRAWS ?= 2000
+properties: $(STAMP)
+	MHC_PROPERTY_DRAWS=$(DRAWS) $(BIN)/python -m pytest -n 2 --dist worksteal tests/properties
+
+# Not part of `make test`: some 6 GB, because timm needs a torchvision that fits its torch.
+test-timm: $(TIMM)/.installed
+	$(TIMM)/bin/python -m pytest tests/timm_models
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -27,5 +37,11 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt --no-build-isolation -e ".[dev]"
 	touch $(STAMP)
 
+$(TIMM)/.installed: pyproject.toml constraints-timm.txt
+	test -x $(TIMM)/bin/python || $(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-timm.txt torch torchvision timm setuptools
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-timm.txt --no-build-isolation -e ".[dev]"
+	touch $(TIMM)/.installed
+
 clean:
-	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TIMM) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache

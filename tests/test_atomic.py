@@ -284,7 +284,7 @@ def test_strict_refuses_what_strict_false_leaves():
         ({"stream": 4}, ["'stream'", "did you mean 'streams'?"]),
         ({"connection": "mhcc"}, ["connection", "'mhc', 'hc'", "did you mean 'mhc'?"]),
         ({"init": "zero"}, ["init", "'preserve', 'paper'"]),
-        ({"collapse": "max"}, ["collapse", "'learned', 'mean', 'sum'"]),
+        ({"collapse": "max"}, ["collapse", "'learned', 'mean', 'sum', 'head'"]),
         ({"convention": "deepseek"}, ["convention", "did you mean 'deepseek_v4'?"]),
         ({"sinkhorn_iters": 0}, ["sinkhorn_iters", "at least 1"]),
         ({"convention": "tilekernels"}, ["init='preserve'", "post_multiplier", "init='paper'"]),
@@ -363,7 +363,7 @@ def test_an_error_in_the_middle_of_the_install(monkeypatch, number):
 
 @pytest.mark.parametrize("error", [UsersOwnError, KeyboardInterrupt])
 @pytest.mark.parametrize(
-    "step", ["record_forward", "plan_rewrite", "prepare_block", "_check_step0"]
+    "step", ["record_forward", "plan_rewrite", "prepare_blocks", "_check_step0"]
 )
 def test_an_error_in_any_step(monkeypatch, step, error):
     def failing(*_, **__):

@@ -13,7 +13,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.errors import MHCError, UnsupportedResidualError
 from mhc_compile.passes.call_paths import LeafPath, leaves_of, named_leaves, positional_names
 from mhc_compile.passes.containers import children, is_named_tuple, is_record, rebuilt
-from mhc_compile.passes.find_residuals import BlockPlan, Segment
+from mhc_compile.passes.find_residuals import BlockPlan
 from mhc_compile.passes.tracer import CONSTANTS
 
 
@@ -77,10 +77,10 @@ def device_of(block: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def one_stream(stream: Tensor, rewrite: Rewrite, segment: Segment) -> Tensor:
+def one_stream(stream: Tensor, rewrite: Rewrite, dims: int) -> Tensor:
     """One stream in the place of n, for tracing the original forward."""
     n = rewrite.config.streams
-    if stream.dim() != segment.dims + 1 or stream.shape[-2] != n:
+    if stream.dim() != dims + 1 or stream.shape[-2] != n:
         raise MHCError(
             f"block {rewrite.plan.name!r} takes {n} streams [..., {n}, C] from the block before "
             f"it, got {list(stream.shape)}; call the whole model"
@@ -88,7 +88,7 @@ def one_stream(stream: Tensor, rewrite: Rewrite, segment: Segment) -> Tensor:
     return stream[..., 0, :]
 
 
-def many_streams(stream: Tensor, rewrite: Rewrite, segment: Segment) -> Tensor:
+def many_streams(stream: Tensor, rewrite: Rewrite, dims: int) -> Tensor:
     """A plain example stream as the rewritten model will pass it."""
     n = rewrite.config.streams
     return stream.unsqueeze(-2).expand(*stream.shape[:-1], n, stream.shape[-1])
@@ -98,7 +98,7 @@ def replace_streams(
     rewrite: Rewrite,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    change: Callable[[Tensor, Rewrite, Segment], Tensor],
+    change: Callable[[Tensor, Rewrite, int], Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Changes the arguments that carry streams from earlier blocks."""
     changed: dict[int, Tensor] = {}
@@ -106,15 +106,16 @@ def replace_streams(
         if segment.expand or rewrite.config.streams == 1:
             continue
         named = dict(named_leaves(rewrite.original.forward, args, kwargs))
-        found = [leaf for path in segment.stream_inputs
-                 if isinstance(leaf := named.get(path), Tensor)]  # fmt: skip
-        if not found or len(found) < len(segment.stream_inputs):
+        missing = [path for path, _ in segment.stream_inputs
+                   if not isinstance(named.get(path), Tensor)]  # fmt: skip
+        if missing:
             raise UnsupportedResidualError(
                 f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its "
-                f"residual stream as an argument of forward (in the recording: "
-                f"{segment.stream_inputs or 'none'}); leave its sites out with filter_fn"
+                f"residual stream as the argument {missing[0]} of forward, as it did in the "
+                "recording; leave its sites out with filter_fn"
             )
-        changed.update((id(leaf), change(leaf, rewrite, segment)) for leaf in found)
+        for path, dims in segment.stream_inputs:
+            changed[id(named[path])] = change(named[path], rewrite, dims)
 
     def walk(value: Any) -> Any:
         if id(value) in changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from mhc_compile.errors import UnsupportedResidualError
@@ -65,22 +66,50 @@ def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flo
         name = _name(node)
         operands = [n for n in _tensor_arguments(node)]
         heavy = is_heavy_name(name)
-        noop = node.op in ("call_function", "call_method") and name in NOOP_NAMES
+        noop = node.op in ("call_function", "call_method") and (
+            name in NOOP_NAMES or _is_identity(node, name)
+        )
+        inputs = node.all_input_nodes
+        is_fixed = bool(inputs) and all(flow.ops[index_of[n]].fixed for n in inputs)
         if node.op == "call_module":
             heavy = node.target not in plan.light
             noop = isinstance(block.get_submodule(str(node.target)), nn.Identity)
         flow.ops.append(Op(
-            index, name, tuple(index_of[n] for n in node.all_input_nodes),
-            tuple(None if n.op == "get_attr" else index_of[n] for n in operands),
+            index, name,
+            () if _is_size(value) else tuple(index_of[n] for n in node.all_input_nodes),
+            tuple(None if _is_vector(n) else index_of[n] for n in operands),
             tuple(tuple(n.meta["value"].shape) for n in operands),
             tuple(tensor.shape) if tensor is not None else (),
             tensor is not None and tensor.is_floating_point(), heavy, noop,
-            source=node.meta.get("source"),
+            source=node.meta.get("source"), fixed=node.op == "get_attr" or is_fixed,
         ))  # fmt: skip
         if node.op == "output":
             flow.outputs.add(index)
     flow.finish()
     return flow, nodes
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value holds sizes alone: what depends on a tensor's sizes does not depend on it."""
+    if isinstance(value, tuple | list):
+        return bool(value) and all(map(_is_size, value))
+    return isinstance(value, int | float | torch.dtype | torch.device)
+
+
+def _is_identity(node: fx.Node, name: str) -> bool:
+    """Whether 0 is added or 1 multiplied, as in a recording."""
+    if name in ("sub", "div", "truediv"):
+        other = node.args[1] if len(node.args) == 2 else None
+        return isinstance(other, int | float) and other == (0 if name == "sub" else 1)
+    neutral = {"add": 0, "mul": 1}.get(name)
+    return neutral is not None and any(
+        isinstance(a, int | float) and a == neutral for a in node.args
+    )
+
+
+def _is_vector(node: fx.Node) -> bool:
+    """Whether a node is a number or vector among the parameters, which no stream can start from."""
+    return node.op == "get_attr" and bool(node.meta["value"].dim() < 2)
 
 
 def _name(node: fx.Node) -> str:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from tabulate import tabulate
 
 from mhc_compile._torch_compat import Source
 from mhc_compile.passes.call_paths import LeafPath
 from mhc_compile.passes.channel_axis import check_channel_axis
-from mhc_compile.passes.flow import Candidate, Flow, branch_region, find_candidates
+from mhc_compile.passes.flow import (
+    SCALES,
+    SUBS,
+    Candidate,
+    Flow,
+    branch_region,
+    find_candidates,
+)
 from mhc_compile.passes.record import Recording
 from mhc_compile.passes.streams import link_streams, split_nested
 
@@ -29,6 +38,7 @@ class ResidualSite:
         channels: C, the width of the stream.
         accepted: whether `transform` rewrites it.
         reason: why it does not, else "".
+        evidence: what was seen: the form of the add, what F holds, what it continues.
     """
 
     name: str
@@ -38,6 +48,28 @@ class ResidualSite:
     channels: int
     accepted: bool
     reason: str
+    evidence: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        verdict = "rewritten" if self.accepted else f"refused: {self.reason}"
+        return (
+            f"{self.name} ({self.source}): stream {self.stream}, C = {self.channels}; "
+            f"{self.evidence}; {verdict}"
+        )
+
+
+class ResidualSites(list[ResidualSite]):
+    """Sites as a list that prints as a table, one line a site, with what was seen."""
+
+    def __str__(self) -> str:
+        rows = [
+            (s.name, s.source, s.stream, s.channels, "yes" if s.accepted else "no",
+             s.evidence if s.accepted else f"{s.evidence}. Refused: {s.reason}")
+            for s in self
+        ]  # fmt: skip
+        headers = ("site", "source", "stream", "C", "rewritten", "because")
+        widths = [None, None, None, None, None, 72]
+        return tabulate(rows, headers=headers, maxcolwidths=widths)
 
 
 @dataclass(frozen=True)
@@ -49,12 +81,12 @@ class Segment:
         sources: their source lines.
         adds: when they ran in the recording, to order the sites of several segments.
         first_index: position of the first site in the stream.
-        stream_inputs: paths of the block's arguments that carry states of the stream, the latest
-            first; none if it starts inside the block.
-        dims: dimensions of the plain (one-stream) tensor.
+        stream_inputs: paths of the block's arguments that carry states of the stream, each with the
+            dimensions of its plain (one-stream) tensor, the latest first; none if it starts inside.
         expand: whether the stream starts here.
         collapse: whether it ends here.
-        output: which tensor of the block's result hands the stream on, None if it ends here.
+        outputs: which tensors of the block's result hand the stream on, in the order of
+            `tensor_leaves`; none if it ends here.
         norms: classes of the modules that stand on the stream itself between sublayers (post-norm).
     """
 
@@ -62,11 +94,10 @@ class Segment:
     sources: tuple[Source | None, ...]
     adds: tuple[int, ...]
     first_index: int
-    stream_inputs: tuple[LeafPath, ...]
-    dims: int
+    stream_inputs: tuple[tuple[LeafPath, int], ...]
     expand: bool
     collapse: bool
-    output: int | None
+    outputs: tuple[int, ...]
     norms: frozenset[type]
 
 
@@ -142,13 +173,13 @@ def plan_rewrite(
     sites: list[ResidualSite] = []
     blocks: list[BlockPlan] = []
     names: Counter[str] = Counter()
-    for number, chain in enumerate(accepted):
-        stream = _Stream([candidates[i] for i in chain], [])
+    streams = [_Stream([candidates[i] for i in chain], []) for chain in accepted]
+    for stream in streams:
         _check_stream(flow, stream)
         stream.owners = [_owner(flow, c) for c in stream.chain]
-        if not stream.reason:
-            _lift_owners(recording, stream)
-        found = [_site(flow, stream, k, number, names) for k in range(len(chain))]
+    _lift_owners(recording, [stream for stream in streams if not stream.reason])
+    for number, stream in enumerate(streams):
+        found = [_site(flow, stream, k, number, names) for k in range(len(stream.chain))]
         if filter_fn is not None:
             found = [_filtered(site, filter_fn) for site in found]
         sites += found
@@ -170,35 +201,46 @@ def _owner(flow: Flow, candidate: Candidate) -> Path:
     """The innermost module call that holds the add and every operation of its sublayer."""
     path = flow.ops[candidate.index].path
     for index in branch_region(flow, candidate):
-        path = _common(path, flow.ops[index].path)
+        # A view at the end of the module that made the state is no part of the sublayer.
+        if not flow.ops[index].noop or flow.canonical(index) != candidate.skip:
+            path = _common(path, flow.ops[index].path)
     return path
 
 
-def _lift_owners(recording: Recording, stream: _Stream) -> None:
-    """Widens owners until blocks do not nest, run once, and hold all that reads the stream.
+def _lift_owners(recording: Recording, streams: list[_Stream]) -> None:
+    """Widens owners until blocks do not nest, run once, and hold all that reads a stream.
 
-    What leaves the module around all of them is collapsed on its way, so readers outside it are
-    no reason to widen.
+    What leaves the module around a whole stream is collapsed on its way, so readers outside it
+    are no reason to widen.
     """
-    flow, owners = recording.flow, stream.owners
-    around = owners[0]
-    for owner in owners:
-        around = _common(around, owner)
+    flow = recording.flow
     calls = Counter(name for name, _ in recording.calls)
+    around = {id(stream): _shared(stream.owners) for stream in streams}
     changed = True
     while changed:
         changed = False
-        for k, owner in enumerate(owners):
-            lifted = min((o for o in owners if owner[: len(o)] == o), key=len)
-            while len(lifted) > 1 and calls[lifted[-1][0]] > 1:
-                lifted = lifted[:-1]
-            changed |= lifted != owner
-            owners[k] = lifted
-        for k in range(len(owners) - 1):
-            shared = _outside_reader(flow, stream, k, around)
-            if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
-                owners[k] = owners[k + 1] = shared
-                changed = True
+        known = {owner for stream in streams for owner in stream.owners}
+        for stream in streams:
+            owners = stream.owners
+            for k, owner in enumerate(owners):
+                lifted = min((o for o in known if owner[: len(o)] == o), key=len)
+                while len(lifted) > 1 and calls[lifted[-1][0]] > 1:
+                    lifted = lifted[:-1]
+                changed |= lifted != owner
+                owners[k] = lifted
+            for k in range(len(owners) - 1):
+                shared = _outside_reader(flow, stream, k, around[id(stream)])
+                if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
+                    owners[k] = owners[k + 1] = shared
+                    changed = True
+
+
+def _shared(paths: list[Path]) -> Path:
+    """The innermost module call around all paths."""
+    around = paths[0]
+    for path in paths:
+        around = _common(around, path)
+    return around
 
 
 def _outside_reader(flow: Flow, stream: _Stream, k: int, around: Path) -> Path | None:
@@ -236,8 +278,29 @@ def _site(flow: Flow, stream: _Stream, k: int, number: int, names: Counter[str])
     if stream.reason and k != stream.refused_at:
         reason = f"same stream as the refused add at {_source_of(flow, stream)}: {stream.reason}"
     return ResidualSite(
-        name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason
-    )
+        name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason,
+        _evidence(flow, stream, k),
+    )  # fmt: skip
+
+
+def _evidence(flow: Flow, stream: _Stream, k: int) -> str:
+    """What was seen of a site, as the user may check it."""
+    candidate, owner = stream.chain[k], stream.owners[k]
+    scaled = any(flow.ops[i].name in SCALES for i in candidate.way)
+    form = "x - F(x)" if flow.ops[candidate.index].name in SUBS else "x + F(x)"
+    form = form.replace("x", "s * x", 1) if scaled else form
+    region = [flow.ops[i] for i in branch_region(flow, candidate)]
+    paths = [op.path[len(owner)][0] for op in region if len(op.path) > len(owner)]
+    prefix = len(owner[-1][0]) + 1 if owner[-1][0] else 0
+    parts = list(dict.fromkeys(path[prefix:] for path in paths))
+    inside = ", ".join(parts[:4]) + (", ..." if len(parts) > 4 else "")
+    weights = len({w for op in region for w in op.weights})
+    what = f"F reads x through {inside or f'{len(region)} operations'} ({weights} weights)"
+    if k == 0:
+        return f"{form}; {what}; starts the stream"
+    steps = [flow.ops[i].name for i in _link(flow, stream, k) if not flow.ops[i].noop]
+    between = f" through {', '.join(steps[:3])}" if steps else ""
+    return f"{form}; {what}; continues site {k - 1} of its stream{between}"
 
 
 def _source_of(flow: Flow, stream: _Stream) -> str:
@@ -303,14 +366,16 @@ def _segments(
         known = states | {stream.chain[k].skip for k in group}
         through = [c.path for c in recording.calls.values()
                    if known.intersection(c.outputs, c.inputs.values())]  # fmt: skip
-        opened = _inner_modules(owner, [flow.ops[i].path for i in adds])
+        # A scale on the skip must show, be it a module of its own.
+        ways = [i for k in group for i in stream.chain[k].way if not flow.ops[i].noop]
+        opened = _inner_modules(owner, [flow.ops[i].path for i in (*adds, *ways)])
         opened |= _inner_modules(owner, [flow.ops[i].path for i in linking] + through) - light
         after = [adds[-1], *links.get(group[-1] + 1, [])]
-        handed = [i for i in after if i in call.outputs and not ends]
+        handed = () if ends else tuple(k for k, i in enumerate(call.outputs) if i in after)
         segment = Segment(
             tuple(sites[k] for k in group), tuple(flow.ops[i].source for i in adds), adds,
-            group[0], tuple(p for _, p in carrying), len(flow.ops[adds[0]].shape), starts, ends,
-            call.outputs.index(handed[-1]) if handed else None, norms,
+            group[0], tuple((p, len(flow.ops[i].shape)) for i, p in carrying), starts, ends,
+            handed, norms,
         )  # fmt: skip
         plans.append(BlockPlan(owner[-1][0], (segment,), frozenset(opened), light))
     return plans

@@ -17,12 +17,14 @@ SUBS = frozenset({"sub", "sub_", "isub", "__sub__", "__isub__", "subtract"})
 ADDCMULS = frozenset({"addcmul", "addcmul_"})
 DIVISIONS = frozenset({"div", "div_", "truediv", "itruediv", "__truediv__", "divide"})
 SCALES = DIVISIONS | {"mul", "mul_", "imul", "__mul__", "__rmul__", "multiply", "neg"}
-FUSED_ADDS = frozenset({"addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "addr"})
+LERPS = frozenset({"lerp", "lerp_"})
 HEAVY = (
     "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "einsum", "convolution",
     "conv1d",
     "conv2d", "conv3d", "scaled_dot_product", "embedding", "grouped_mm", "mv", "addmv", "tensordot",
     "_weight_int", "cumsum", "flex_attention",
+    # Not heavy, but the result is another sequence, into which a stream is written.
+    "masked_scatter", "index_put", "scatter", "index_copy", "index_add",
 )  # fmt: skip
 NOOPS = frozenset({
     "view", "reshape", "_unsafe_view", "alias", "detach", "clone", "_to_copy", "to", "float",
@@ -33,7 +35,18 @@ GATED = (
     "its skip is multiplied by a value computed from the stream itself (a gate, as in highway "
     "layers), which has no counterpart in mHC"
 )
-FUSED = "the residual is added inside a fused matrix product; write it as x + F(x)"
+PARTS = "its skip is cut or joined from parts of earlier states; add the branch to the whole state"
+SWAPPED = "the residual is a factor of addcmul; write it as f + scale * x"
+_PRODUCT = "the residual is added inside a fused matrix product; write it as x + F(x)"
+_SOME_TOKENS = "the residual is added to a part of the tokens only, which has no counterpart in mHC"
+REFUSED_ADDS = {
+    **dict.fromkeys(
+        ("addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "addr"), _PRODUCT
+    ),
+    **dict.fromkeys(("scatter_add", "scatter_add_", "index_add", "index_add_"), _SOME_TOKENS),
+}
+"""Operations that add to their first operand in a way that is refused, with the reason."""
+_STRUCTURE = frozenset({"slice", "select", "cat", "concat", "narrow", "index_select", "gather"})
 _WALK = 8  # scales and casts between a state and the add that it enters
 
 
@@ -47,6 +60,7 @@ class Op:
     """One operation: `operands` are its tensor arguments in order, None for a parameter.
 
     `inputs` are all activations it reads, `weights` what identifies the parameters it reads,
+    `fixed` that it reads nothing else,
     `path` the module calls it ran in, outermost first, each as (module name, number of the call).
     """
 
@@ -62,6 +76,7 @@ class Op:
     path: tuple[tuple[str, int], ...] = ()
     source: Source | None = None
     weights: tuple[object, ...] = ()
+    fixed: bool = False
     detail: object = None
 
 
@@ -75,7 +90,7 @@ class Candidate:
         operand: the term of the add that is made of it.
         branch: the other terms.
         way: operations from the skip (not included) to the operand (included), casts and scales.
-        product: an addcmul, whose branch is the product of its terms.
+        product: an addcmul or lerp, whose branch is not just the sum of the other terms.
         absorbed: the inner adds of a flattened sum such as (x + attention) + mlp.
         reason: why it cannot be rewritten, if that shows here already.
     """
@@ -187,7 +202,7 @@ def find_candidates(
 
 
 def _candidate(flow: Flow, op: Op) -> Candidate | None:
-    if op.name in ADDCMULS or op.name in FUSED_ADDS:
+    if op.name in ADDCMULS or op.name in LERPS or op.name in REFUSED_ADDS:
         return _product_candidate(flow, op)
     terms = _terms(flow, op)
     if terms is None:
@@ -213,7 +228,7 @@ def _candidate(flow: Flow, op: Op) -> Candidate | None:
 
 
 def _product_candidate(flow: Flow, op: Op) -> Candidate | None:
-    """Adds with a product inside: addcmul, and matrix products that accumulate onto the skip."""
+    """Adds with more in them: addcmul, lerp, and operations that accumulate onto the skip."""
     if not op.operands or not op.is_float or len(op.shape) < 2 or op.shapes[0] != op.shape:
         return None
     first, rest = op.operands[0], tuple(i for i in op.operands[1:] if i is not None)
@@ -221,8 +236,18 @@ def _product_candidate(flow: Flow, op: Op) -> Candidate | None:
         return None
     for way, skip, reason in _origins(flow, first):
         if any(flow.reads(i, skip) for i in rest):
-            fused = FUSED if op.name in FUSED_ADDS else reason
-            return Candidate(op.index, skip, first, rest, way, product=True, reason=fused)
+            if op.name in LERPS and any(flow.reads(i, skip) for i in rest[1:]):
+                reason = GATED
+            why = REFUSED_ADDS.get(op.name, reason)
+            return Candidate(op.index, skip, first, rest, way, product=True, reason=why)
+    for number, operand in enumerate(op.operands[1:], 1):  # f + scale * x
+        if operand is None or op.shapes[number] != op.shape or op.name not in ADDCMULS:
+            continue
+        for way, skip, reason in _origins(flow, operand):
+            if flow.reads(first, skip):
+                return Candidate(
+                    op.index, skip, operand, (first,), way, True, reason=reason or SWAPPED
+                )
     return None
 
 
@@ -270,6 +295,8 @@ def _origins(flow: Flow, term: int) -> Iterator[tuple[tuple[int, ...], int, str]
             way, at = (at, *way), flow.ops[at].inputs[0]
         yield way, at, reason
         op = flow.ops[at]
+        if op.name in _STRUCTURE and len(way) < _WALK:
+            todo += [((at, *way), i, reason or PARTS) for i in op.inputs]
         if op.name not in SCALES or len(way) >= _WALK:
             continue
         for number, operand in enumerate(op.operands):

@@ -115,10 +115,8 @@ class BlockRewrite:
             result = finish_result(variant.writes, variant.kind, find, result)
         if self.config.streams > 1 and not torch.compiler.is_compiling():
             for segment in self.plan.segments:
-                shape = (self.config.streams, segment.sites[0].channels)
-                for tensor in () if segment.collapse else tensor_leaves(result):
-                    if tensor.dim() == segment.dims + 1 and tensor.shape[-2:] == shape:
-                        setattr(tensor, MARK, True)
+                for k in segment.outputs:
+                    setattr(tensor_leaves(result)[k], MARK, True)
         return result
 
 
@@ -206,7 +204,9 @@ def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
             )
         for number, segment in enumerate(plan.segments):
             if segment.collapse:
-                parts[collapse_name(plan, number)] = StreamCollapse(config, device=device)
+                parts[collapse_name(plan, number)] = StreamCollapse(
+                    config, segment.sites[-1].channels, device=device
+                )
     block.add_module(ATTRIBUTE, nn.ModuleDict(parts))
     block.__dict__[_REWRITE] = rewrite
     block.__class__ = _rewritten_class(rewrite.original)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.errors import UnsupportedResidualError
 from mhc_compile.passes.block_flow import block_candidates
 from mhc_compile.passes.find_residuals import BlockPlan, Segment, format_source
-from mhc_compile.passes.flow import NOOPS, SUBS, Candidate, Flow, bits_of
+from mhc_compile.passes.flow import LERPS, NOOPS, SUBS, Candidate, Flow, bits_of, branch_region
 from mhc_compile.passes.per_stream import lift_node, target_name
 from mhc_compile.passes.trace_block import TracedBlock
 from mhc_compile.runtime.guards import check_value
@@ -29,7 +30,8 @@ class Site:
     """One residual add in the graph.
 
     `skip` is what the sublayer reads, `operand` what enters the add, `casts` the casts and scales
-    between them; `link` are the nodes from earlier states to the skip, such as a post-norm.
+    between them; `link` are the nodes from earlier states to the skip, such as a post-norm;
+    `inside` those of the sublayer.
     """
 
     add: fx.Node
@@ -40,6 +42,7 @@ class Site:
     product: bool
     link: list[fx.Node]
     casts: list[fx.Node]
+    inside: set[fx.Node]
 
 
 @dataclass
@@ -48,7 +51,7 @@ class BlockGraph:
 
     `numbers` are the names of the sites' connections, `replaced` what became of erased nodes,
     `links` the links of all segments, `trailing` what the stream passes behind its last site,
-    `streams` the nodes that hold n streams.
+    `finals` the results that hand it on, `streams` the nodes that hold n streams.
     """
 
     block: nn.Module
@@ -63,6 +66,8 @@ class BlockGraph:
     replaced: dict[fx.Node, fx.Node]
     links: set[fx.Node]
     trailing: list[fx.Node] = field(default_factory=list)
+    finals: list[fx.Node] = field(default_factory=list)
+    start: fx.Node | None = None
     streams: set[fx.Node] = field(default_factory=set)
     last: fx.Node | None = None
 
@@ -100,7 +105,7 @@ def find_sites(
         work = BlockGraph(
             block, plan, segment, config, traced, label, [], [], name, replaced, links
         )
-        inputs = [traced.inputs[path] for path in segment.stream_inputs if path in traced.inputs]
+        inputs = [traced.inputs[p] for p, _ in segment.stream_inputs if p in traced.inputs]
         states = set() if segment.expand else {index_of[node] for node in inputs}
         for position, (s, _) in enumerate(plan.order):
             if s != number:
@@ -109,11 +114,12 @@ def find_sites(
             link = _link(flow, states, c.operand)
             if states and c.operand not in states | set(link):
                 raise work.refuse(nodes[c.index], "this add does not continue its stream")
-            site = _site(nodes, c, link if states else None)
+            site = _site(flow, nodes, c, link if states else None)
             work.sites.append(site)
             work.numbers.append(position)
             links.update(site.link, site.casts)
             states.update(link, [c.index])
+        work.start = work.sites[0].skip
         last = index_of[work.sites[-1].add]
         work.trailing = [nodes[i] for i in _trailing(work, flow, nodes, states, last)]
         links.update(work.trailing)
@@ -131,28 +137,29 @@ def _trailing(
     """
     if not work.segment.collapse:
         leaves = _output_leaves(nodes[-1].args[0])
-        k = work.segment.output
-        handed = leaves[k : k + 1] if k is not None else []
-        links = [_link(flow, states, i) for i, n in enumerate(nodes) if n in handed or
-                 (not handed and n in leaves)]  # fmt: skip
-        return next((link for link in links if link), [])
-    patterns = {tuple(map(_label, site.link)) for site in work.sites} - {()}
+        handed = [leaves[k] for k in work.segment.outputs if k < len(leaves)] or leaves
+        found = {i for k, n in enumerate(nodes) if n in handed for i in _link(flow, states, k)}
+        work.finals = [n for n in handed if nodes.index(n) in found | states]
+        return sorted(found)
+
+    def label(node: fx.Node) -> tuple[str, str]:
+        """What a node calls, whichever module of that class or line it is."""
+        if node.op == "call_module":
+            return node.op, type(work.block.get_submodule(str(node.target))).__qualname__
+        return node.op, target_name(node)
+
+    patterns = {tuple(map(label, site.link)) for site in work.sites} - {()}
     for stop in reversed(flow.between(last, len(nodes) - 1)):
         link = _link(flow, {last}, stop)
         if not link or link[-1] != stop:
             continue
         node = nodes[stop]
-        if tuple(_label(nodes[i]) for i in link) in patterns:
+        if tuple(label(nodes[i]) for i in link) in patterns:
             return link
-        if len(link) == 1 and node.op == "call_module" and not patterns:
+        if len(link) == 1 and node.op == "call_module":
             if type(work.block.get_submodule(str(node.target))) in work.segment.norms:
                 return link
     return []
-
-
-def _label(node: fx.Node) -> tuple[str, str]:
-    """What a node calls, whichever module or line it is."""
-    return node.op, "" if node.op == "call_module" else target_name(node)
 
 
 def _output_leaves(value: Any) -> list[fx.Node]:
@@ -193,16 +200,18 @@ def collapse_name(plan: BlockPlan, number: int) -> str:
     return "collapse" if len(ending) == 1 else f"collapse{number}"
 
 
-def _site(nodes: list[fx.Node], c: Candidate, link: list[int] | None) -> Site:
+def _site(flow: Flow, nodes: list[fx.Node], c: Candidate, link: list[int] | None) -> Site:
     """Casts may stand between the state and the add; what the sublayer reads is the skip."""
     path = [nodes[i] for i in (c.skip, *c.way)]
     add = nodes[c.index]
-    read = [i for i, node in enumerate(path) if set(node.users) - {*path, add}]
+    inside = {nodes[i] for i in branch_region(flow, c)} - set(path)
+    inside |= {nodes[i] for i in c.branch}
+    read = [i for i, node in enumerate(path) if inside & set(node.users)]
     first = read[0] if read else len(path) - 1
     casts = path[first + 1 :]
     return Site(
         add, path[first], path[-1], [nodes[i] for i in c.branch], [nodes[i] for i in c.absorbed],
-        c.product, [nodes[i] for i in link or () if nodes[i] not in casts], casts,
+        c.product, [nodes[i] for i in link or () if nodes[i] not in casts], casts, inside,
     )  # fmt: skip
 
 
@@ -210,7 +219,7 @@ def expand_stream(work: BlockGraph) -> None:
     """Makes the first skip n-stream: copies where the stream starts, else the block's input."""
     first = work.sites[0]
     if not work.segment.expand:
-        paths = work.segment.stream_inputs
+        paths = [path for path, _ in work.segment.stream_inputs]
         work.streams.update(n for p, n in work.traced.inputs.items() if p in paths)
         if not work.streams:
             raise work.refuse(first.add, "the stream does not enter through an argument of forward")
@@ -224,9 +233,8 @@ def expand_stream(work: BlockGraph) -> None:
     for reader in [first.add, *first.casts]:
         if skip in reader.all_input_nodes:
             reader.replace_input_with(skip, expanded)
-    inside = _descendants_to(skip, first.add)
     for reader in list(skip.users):
-        if reader in inside and reader is not expanded and reader not in first.casts:
+        if reader in first.inside and reader not in first.casts:
             reader.replace_input_with(skip, expanded)
     first.skip = expanded
     first.operand = expanded if first.operand is skip else first.operand
@@ -237,17 +245,14 @@ def rewrite_residuals(work: BlockGraph) -> None:
     """Gives readers of each skip the mix h = pre(x), and makes each add x' = post_res(x, F)."""
     graph = work.graph
     for number, site in zip(work.numbers, work.sites, strict=True):
+        _copy_casts(site)
         for node in [*site.link, *site.casts]:
             _lift(work, node)
         skip, operand = work.current(site.skip), work.current(site.operand)
         reshaped = any(n.meta["value"].shape != site.skip.meta["value"].shape for n in site.casts)
         if reshaped and any(target_name(n) not in NOOPS for n in site.casts):
             raise work.refuse(site.add, "the residual is reshaped and scaled on its way to the add")
-        others = {site.add, *site.casts, *work.links}
-        readers = [
-            r for r in skip.users
-            if r not in others and r.op != "output" and not r.meta.get("per_stream")
-        ]  # fmt: skip
+        readers = [r for r in skip.users if r in site.inside and r not in work.links]
         source = operand if reshaped else skip
         with graph.inserting_after(_after_inputs(source)):
             read = graph.call_module(f"mhc.{number}", (source,))
@@ -259,15 +264,10 @@ def rewrite_residuals(work: BlockGraph) -> None:
             res = graph.call_function(operator.getitem, (read, 2))
         if reshaped:
             h = _shaped_like(graph, h, skip, res)
-            if any(r < h and not _reads_size(r) for r in readers):
+            if any(r < h for r in readers):
                 raise work.refuse(site.add, "the residual is reshaped behind its sublayer's start")
         h.meta["value"] = site.skip.meta["value"]
-        for reader in readers:
-            if reader.meta.get("in_place"):
-                raise work.refuse(reader, "the residual stream is changed in place")
-            sized = _reads_size(reader) or reader.meta.get("guard")
-            plain = _first_stream(work, skip) if sized else h
-            reader.replace_input_with(skip, plain)
+        _give(work, readers, skip, h)
         with graph.inserting_before(site.add):
             operand, f = _terms(work, site, operand)
             mixed = graph.call_function(apply_post_res, (operand, f, post, res))
@@ -279,6 +279,32 @@ def rewrite_residuals(work: BlockGraph) -> None:
         work.replaced[site.add] = mixed
         work.streams.add(mixed)
         work.last = mixed
+
+
+def _give(work: BlockGraph, readers: list[fx.Node], state: fx.Node, h: fx.Node) -> None:
+    """Makes the sublayer read h in the place of the state."""
+    for reader in readers:
+        if reader.meta.get("in_place"):
+            raise work.refuse(reader, "the residual stream is changed in place")
+        reader.replace_input_with(state, h)
+
+
+def _copy_casts(site: Site) -> None:
+    """Where the sublayer reads the state behind casts too, it gets casts of its own."""
+    at = site.skip
+    for k, cast in enumerate(site.casts):
+        if not any(site.inside & set(c.users) for c in site.casts[k:]):
+            return
+        before = site.casts[k - 1] if k else site.skip
+        with cast.graph.inserting_after(cast):
+            at = cast.graph.node_copy(cast, partial(_other, before, at))
+        for reader in site.inside & set(cast.users):
+            reader.replace_input_with(cast, at)
+        site.inside.add(at)
+
+
+def _other(before: fx.Node, after: fx.Node, node: fx.Node) -> fx.Node:
+    return after if node is before else node
 
 
 def _lift(work: BlockGraph, node: fx.Node) -> fx.Node:
@@ -327,6 +353,14 @@ def _terms(work: BlockGraph, site: Site, operand: fx.Node) -> tuple[fx.Node, fx.
     graph, add = work.graph, site.add
     branch = [work.current(term) for term in site.branch]
     alpha: Any = add.kwargs.get("alpha", 1)
+    if target_name(add) in LERPS:
+        weight: Any = add.args[2] if len(add.args) > 2 else add.kwargs["weight"]
+        if isinstance(weight, fx.Node) and weight.meta["value"].dim() > 1:
+            raise work.refuse(add, "a lerp whose weight differs between tokens; write it as a sum")
+        rest = graph.call_function(operator.sub, (1, weight))
+        kept = graph.call_function(torch.mul, (operand, rest))
+        work.streams.add(kept)
+        return kept, graph.call_function(torch.mul, (branch[0], weight))
     if site.product:
         factors = [a for a in (*add.args, add.kwargs.get("tensor1"), add.kwargs.get("tensor2"))
                    if a is not None]  # fmt: skip
@@ -377,9 +411,11 @@ def read_streams(work: BlockGraph) -> None:
     Such readers are probes of intermediate states: auxiliary heads, long skips through a matmul,
     lists of hidden states.
     """
-    final = work.current((work.trailing or [work.sites[-1].add])[-1])
+    finals = {work.current(node) for node in work.finals}
     for value in [n for n in work.graph.nodes if n in work.streams]:
-        outside = [u for u in value.users if not _takes_streams(work, u, value is final)]
+        for user in [u for u in value.users if _reads_size(u) or u.meta.get("guard")]:
+            user.replace_input_with(value, _first_stream(work, value))
+        outside = [u for u in value.users if not _takes_streams(work, u, value in finals)]
         if not outside:
             continue
         with work.graph.inserting_after(_after_inputs(value)):
@@ -419,6 +455,16 @@ def check_graph(works: list[BlockGraph]) -> None:
     mixes = [n for n in graph.nodes if n.target is apply_post_res]
     reads = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     expected = {f"mhc.{number}" for number in range(len(plan.sites))}
+    starts = [work.start for work in works if work.segment.expand]
+    for work in works:
+        # Of two streams that start at one state (reversible halves) the first one reads it.
+        shared = starts.count(work.start) > 1
+        for number, site in zip(work.numbers[shared:], work.sites[shared:], strict=True):
+            read = [n for n in graph.nodes if n.op == "call_module" and n.target == f"mhc.{number}"]
+            if not any(user.args[1] == 0 for n in read for user in n.users):
+                raise work.refuse(
+                    work.current(site.add), "the sublayer does not read the state it is added to"
+                )
     if len(mixes) != len(plan.sites) or not expected <= reads:
         raise works[0].refuse(
             works[0].sites[0].skip,
@@ -450,18 +496,6 @@ def rewrite_block(
             rewrite(work)
     check_graph(works)
     return traced.graph
-
-
-def _descendants_to(source: fx.Node, stop: fx.Node) -> set[fx.Node]:
-    """Nodes through which `stop` depends on `source`."""
-    needed: set[fx.Node] = set()
-    todo = [stop]
-    while todo:
-        node = todo.pop()
-        if node not in needed and node is not source:
-            needed.add(node)
-            todo += node.all_input_nodes
-    return needed
 
 
 def _after_inputs(node: fx.Node) -> fx.Node:

@@ -58,8 +58,20 @@ def _predecessor(
         if at == start:
             return at
         if flow.ops[at].shape[-1:] == width and flow.is_light(at, start):
-            return at
+            if not _joins_another(flow, at, start):
+                return at
     return None
+
+
+def _joins_another(flow: Flow, state: int, stop: int) -> bool:
+    """Whether a state is concatenated with activations of other origin on its way to `stop`."""
+    for i in (*bits_of(flow.bits_between(state, stop)), stop):
+        op = flow.ops[i]
+        if op.name in ("cat", "concat", "concatenate") and any(
+            j != state and not flow.reads(j, state) and not flow.ops[j].fixed for j in op.inputs
+        ):
+            return True
+    return False
 
 
 def _rejoins(
@@ -108,6 +120,10 @@ def split_nested(
     of different weights is the stream: gates, LoRA, gelu's cubic, a scan or a shared expert's sum
     lie inside a longer stream's branch, and one global skip lies around it.
 
+    A sum of two streams ends one of them and is a site of neither. Chains without a matmul,
+    convolution or attention in any branch are arithmetic (gelu's cubic, rotary embeddings, the
+    state of a scan) and dropped where there are others.
+
     Returns:
         Accepted chains, ordered by their first add, and dropped ones.
     """
@@ -123,9 +139,10 @@ def split_nested(
         size = max(regions[c].bit_count() for c in chain)
         return len(weights - {frozenset()}), len(chain), size
 
+    light = [chain for chain in chains if not any(regions[i] & flow.heavy for i in chain)]
     accepted: list[list[int]] = []
-    dropped: list[list[int]] = []
-    for chain in sorted(chains, key=rank, reverse=True):
+    dropped: list[list[int]] = light if len(light) < len(chains) else []
+    for chain in sorted((c for c in chains if c not in dropped), key=rank, reverse=True):
         mine = adds[chain[0]]
         conflict = any(
             any(regions[i] & mine == mine for i in other)
@@ -133,4 +150,21 @@ def split_nested(
             for other in accepted
         )
         (dropped if conflict else accepted).append(chain)
-    return sorted(accepted), dropped
+    return sorted(
+        p for chain in accepted for p in _without_merges(flow, candidates, accepted, chain)
+    ), dropped
+
+
+def _without_merges(
+    flow: Flow, candidates: dict[int, Candidate], accepted: list[list[int]], chain: list[int]
+) -> list[list[int]]:
+    """Cuts a chain where a state of another stream is added to it."""
+    others = {i: candidates[i] for other in accepted if other is not chain for i in other}
+    parts: list[list[int]] = [[]]
+    for index in chain:
+        terms = candidates[index].branch
+        if any(_predecessor(flow, others, {}, term) is not None for term in terms):
+            parts.append([])
+        else:
+            parts[-1].append(index)
+    return [part for part in parts if part]

@@ -41,15 +41,15 @@ def _collapsed(value: Any) -> Any:
 
 def hook_surroundings(model: nn.Module, plans: Iterable[BlockPlan]) -> None:
     """Puts `collapse_escaped` on every module that holds all blocks of a stream."""
-    holders: dict[int, list[str]] = {}
+    blocks: dict[int, list[list[str]]] = {}
     for plan in plans:
         for segment in plan.segments:
-            parts = plan.name.split(".")[:-1]
-            known = holders.setdefault(segment.sites[0].stream, parts)
-            same = [a == b for a, b in zip(known, parts, strict=False)]
-            shared = same.index(False) if False in same else len(same)
-            holders[segment.sites[0].stream] = known[:shared]
-    names = {".".join(parts[:k]) for parts in holders.values() for k in range(len(parts) + 1)}
+            blocks.setdefault(segment.sites[0].stream, []).append(plan.name.split(".")[:-1])
+    names = set()
+    for parts in blocks.values():
+        for k in range(min(map(len, parts)) + 1):
+            if all(path[:k] == parts[0][:k] for path in parts) and not _cuts(blocks, parts[0][:k]):
+                names.add(".".join(parts[0][:k]))
     for name in sorted(names):
         module = model.get_submodule(name)
         module.register_forward_hook(collapse_escaped)
@@ -57,6 +57,12 @@ def hook_surroundings(model: nn.Module, plans: Iterable[BlockPlan]) -> None:
             # nn.TransformerEncoder packs padded batches into nested tensors for its fused layers.
             module.__dict__["use_nested_tensor"] = False
             module.__dict__[_PACKED] = True
+
+
+def _cuts(blocks: dict[int, list[list[str]]], module: list[str]) -> bool:
+    """Whether a module holds one part of some stream, so that n streams have to leave or enter."""
+    inside = [{path[: len(module)] == module for path in parts} for parts in blocks.values()]
+    return any(len(answers) == 2 for answers in inside)
 
 
 def unhook_surroundings(model: nn.Module) -> None:

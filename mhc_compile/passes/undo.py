@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ class Snapshot:
         self.classes = [type(m) for m in self.modules]
         self.attributes = [dict(m.__dict__) for m in self.modules]
         self.inner = [
-            (module, value, copy.copy(value))
+            (module, value, dict(value) if isinstance(value, dict) else list(value))
             for module in self.modules for value in module.__dict__.values()
             if isinstance(value, dict | list | set | collections.deque)
         ]  # fmt: skip
@@ -42,7 +42,8 @@ class Snapshot:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
         for module, value, before in self.inner:
-            if id(module) not in without:
+            # Left alone unless changed: it may be a frozen subclass of dict, as in diffusers.
+            if id(module) not in without and not _same_items(value, before):
                 value.clear()
                 (value.update if isinstance(value, dict | set) else value.extend)(before)
         for buffer, values in self.buffers:
@@ -53,13 +54,29 @@ class Snapshot:
 def rehearsed(model: nn.Module) -> Iterator[None]:
     """Runs a module for information only: its state and random numbers are put back afterwards."""
     snapshot = Snapshot(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({str(t.device) for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
             yield
         finally:
             snapshot.restore_run()
+
+
+def remember_random_state(model: nn.Module) -> Callable[[], None]:
+    """Returns a function that puts the present random state back, so that a run can be repeated."""
+    host = torch.get_rng_state()
+    others = {device: torch.cuda.get_rng_state(device) for device in _cuda_devices(model)}
+
+    def restore() -> None:
+        torch.set_rng_state(host)
+        for device, state in others.items():
+            torch.cuda.set_rng_state(state, device)
+
+    return restore
+
+
+def _cuda_devices(model: nn.Module) -> list[str]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sorted({str(t.device) for t in tensors if t.device.type == "cuda"})
 
 
 @contextlib.contextmanager
@@ -71,3 +88,10 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         snapshot.restore()
         raise
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    """Whether two containers hold the same objects (under the same keys) in the same order."""
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(a[key] is value for key, value in b.items())
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

@@ -399,11 +399,13 @@ def head_weights(
     *,
     eps: float = 1e-6,
     pre_eps: float = 1e-6,
+    place: str = "inside",
 ) -> Tensor:
     """Computes DeepSeek-V4's learned weights for collapsing the streams after the last block.
 
     They are a pre map of their own: Eq. (14)-(17) with n columns, sigmoid(alpha vec(x) phi /
-    sqrt(mean square + eps) + bias) + pre_eps. Collapse with `apply_pre` or `collapse_streams`.
+    sqrt(mean square + eps) + bias) + pre_eps, as in `DeepseekV4HyperHead` of transformers.
+    Collapse with `apply_pre` or `collapse_streams`.
 
     Args:
         x: `[..., n, C]`.
@@ -412,6 +414,7 @@ def head_weights(
         bias: `[n]`.
         eps: of the norm divisor.
         pre_eps: added to the sigmoid.
+        place: of eps, see `norm_divisor`.
 
     Returns:
         `[..., n]` in float32, or float64 for float64 x.
@@ -431,7 +434,7 @@ def head_weights(
         if alpha.numel() != 1:
             raise MHCError(f"alpha must have one element, got shape {list(alpha.shape)}")
         alpha = alpha.reshape(()).to(_working_dtype(x))
-    normed = project_streams(x, phi) / norm_divisor(x, eps).unsqueeze(-1)
+    normed = project_streams(x, phi) / norm_divisor(x, eps, place=place).unsqueeze(-1)
     return pre_gate(alpha * normed + bias.to(normed.dtype), pre_eps)
 
 
