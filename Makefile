@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMM := .venv-timm
 
-.PHONY: demo test properties test-timm lint clean
+.PHONY: demo test zoo properties test-timm lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -13,6 +13,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Every check of every architecture; the table is written also where a check fails.
+zoo: $(STAMP)
+	rm -rf out/zoo
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m zoo tests/zoo || failed=1; \
+	$(BIN)/python tests/zoo/table.py && test -z "$$failed"
 
 # DRAWS random transformers (`make test` draws 200); MHC_TEST_SEED=7 draws anew.
 properties: DRAWS ?= 2000

@@ -4,6 +4,7 @@ from mhc_compile.api import (
     find_residuals,
     is_transformed,
     mhc_parameters,
+    reset_mhc_parameters,
     revert,
     transform,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "load_pretrained",
     "mhc_parameters",
     "reference",
+    "reset_mhc_parameters",
     "revert",
     "save_pretrained",
     "stability",

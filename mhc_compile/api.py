@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from mhc_compile.passes.install_blocks import (
     uninstall_block,
 )
 from mhc_compile.passes.native import refuse_native
+from mhc_compile.passes.note_config import forget_in_config, note_in_config
 from mhc_compile.passes.prepare_blocks import ask_once, prepare_blocks
 from mhc_compile.passes.record import Recording, record_forward
 from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings
@@ -104,6 +106,7 @@ def transform(
         with _evaluation(model), rehearsed(model):
             same_random_state()
             _check_step0(model, config, inputs, recording)
+        note_in_config(model, config, [site.name for site in sites_of(model)])
     return model
 
 
@@ -153,6 +156,7 @@ def revert(model: nn.Module) -> nn.Module:
     for _, (block, _) in _require_transformed(model).items():
         uninstall_block(block)
     unhook_surroundings(model)
+    forget_in_config(model)
     return model
 
 
@@ -177,14 +181,57 @@ def mhc_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
+def reset_mhc_parameters(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """Puts the connections' parameters at the start that the config's `init` names.
+
+    For models that were transformed on the meta device: after their weights were made and loaded,
+    this makes the connections.
+
+    Args:
+        model: a transformed model.
+        device: where parameters that are on the meta device are made; None leaves them there.
+
+    Returns:
+        The same object.
+
+    Raises:
+        NotTransformedError: the model was not transformed.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> model = transform(layer, streams=2).to_empty(device="cpu")
+        >>> _ = reset_mhc_parameters(model)
+    """
+    for block, _ in _require_transformed(model).values():
+        for module in getattr(block, ATTRIBUTE).children():
+            tensors = list(module.parameters())
+            if device is not None and any(t.device.type == "meta" for t in tensors):
+                module.to_empty(device=device)
+            module.reset_parameters()
+    return model
+
+
 def sites_of(model: nn.Module) -> list[ResidualSite]:
-    """The rewritten sites of a transformed model.
+    """The rewritten sites of a transformed model, under the names that they have now.
+
+    These differ from those at `transform` if the model was put into another, such as a PeftModel.
 
     Raises:
         NotTransformedError: the model was not transformed.
     """
-    blocks = _require_transformed(model).values()
-    return [site for _, rewrite in blocks for site in rewrite.plan.sites]
+    sites = []
+    for now, (_, rewrite) in _require_transformed(model).items():
+        for site in rewrite.plan.sites:
+            name = _renamed(site.name, rewrite.plan.name, now)
+            sites.append(replace(site, name=name, module=now))
+    return sites
+
+
+def _renamed(name: str, before: str, now: str) -> str:
+    """The name of something inside a module that has another name now."""
+    inside = name[len(before) :].lstrip(".") if name.startswith(before) else name
+    return f"{now}.{inside}".strip(".")
 
 
 def _resolve_config(config: MHCConfig | None, overrides: dict[str, Any]) -> MHCConfig:

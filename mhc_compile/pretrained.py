@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +14,15 @@ from torch import Tensor, nn
 from mhc_compile.api import is_transformed, mhc_parameters, revert, sites_of, transform
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, CheckpointError, NotTransformedError
-from mhc_compile.passes.install_blocks import rewritten_blocks
-from mhc_compile.runtime.checkpoint import read_checkpoint, write_checkpoint
+from mhc_compile.passes.install_blocks import ATTRIBUTE, rewritten_blocks
+from mhc_compile.passes.note_config import note_kept_on_error
+from mhc_compile.runtime.checkpoint import (
+    holds_manifest,
+    read_checkpoint,
+    read_hugging_face,
+    read_tensors,
+    write_checkpoint,
+)
 
 
 def save_pretrained(
@@ -54,10 +64,14 @@ def load_pretrained(
 ) -> nn.Module:
     """Transforms a base model as the saved one was and loads the saved weights.
 
+    The directory comes from `save_pretrained`, or from a transformed Hugging Face model's own
+    `model.save_pretrained`. For the latter, pass `from_pretrained(directory)` as the base model:
+    its own weights are then those of the directory, and this adds the connections.
+
     Args:
-        base_model: the original architecture, not transformed; its own weights matter only for a
-            checkpoint that was saved with `only_mhc=True`.
-        directory: from `save_pretrained`.
+        base_model: the original architecture, not transformed. Its own weights are replaced, but
+            for a checkpoint saved with `only_mhc=True` and a Hugging Face directory.
+        directory: where the transformed model was saved.
         example_inputs: as for `transform`.
 
     Returns:
@@ -67,22 +81,26 @@ def load_pretrained(
         CheckpointError: the checkpoint is damaged or does not fit; the model is as before.
         AlreadyTransformedError: the model is transformed already.
     """
-    tensors, manifest = read_checkpoint(directory)
+    hugging_face = None if holds_manifest(directory) else read_hugging_face(directory)
+    if hugging_face is not None:
+        files, facts = hugging_face
+    else:
+        tensors, facts = read_checkpoint(directory)
     if is_transformed(base_model):
         raise AlreadyTransformedError(
             "base_model is transformed already; pass the original architecture, or "
             "mhc_compile.revert(base_model) first"
         )
     try:
-        config = MHCConfig.from_dict(manifest["config"])
-        wanted = list(manifest["sites"])
+        config = MHCConfig.from_dict(facts["config"])
+        wanted = list(facts["sites"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the manifest in {directory} is damaged: {error}") from error
-    transform(
-        base_model, config, example_inputs=example_inputs, strict=False,
-        filter_fn=lambda site: site.name in wanted,
-    )  # fmt: skip
-    try:
+    with note_kept_on_error(base_model), _plain_on_error(base_model):
+        transform(
+            base_model, config, example_inputs=example_inputs, strict=False,
+            filter_fn=lambda site: site.name in wanted,
+        )  # fmt: skip
         found = [site.name for site in sites_of(base_model)]
         if found != wanted:
             missing = [name for name in wanted if name not in found]
@@ -90,11 +108,65 @@ def load_pretrained(
                 f"the checkpoint in {directory} was saved from a model with other residual sites: "
                 f"{missing or wanted} are missing in this {type(base_model).__name__}"
             )
-        _load(base_model, tensors, bool(manifest.get("only_mhc")), directory)
-    except BaseException:
-        revert(base_model)
-        raise
+        if hugging_face is not None:
+            _load_connections(base_model, files, directory)
+        else:
+            _load(base_model, tensors, bool(facts.get("only_mhc")), directory)
     return base_model
+
+
+@contextlib.contextmanager
+def _plain_on_error(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if is_transformed(model):
+            revert(model)
+        raise
+
+
+def _load_connections(
+    model: nn.Module, files: dict[str, Path], directory: str | os.PathLike[str]
+) -> None:
+    """Loads mHC's parameters and checks that the others are those of the same directory.
+
+    Those are the Hugging Face library's to load: it may rename, merge, cast or quantise them.
+    """
+    state, own = model.state_dict(), {name for name, _ in mhc_parameters(model)}
+    names = _names_in_model(model, files, state)
+    base = [saved for saved, name in names.items() if name in state and name not in own]
+    for saved, tensor in read_tensors(files, base):
+        value = state[names[saved]]
+        comparable = value.shape == tensor.shape and value.is_floating_point()
+        if not comparable or value.device.type == "meta":
+            continue
+        if not torch.equal(value.cpu(), tensor.to(value.dtype)):
+            raise CheckpointError(
+                f"the base model's {names[saved]!r} differs from that in {directory}; load the "
+                f"base model with {type(model).__name__}.from_pretrained({str(directory)!r})"
+            )
+    ours = [n for n in files if names[n] in own or f".{ATTRIBUTE}." in f".{n}" and n not in base]
+    tensors = {names[saved]: tensor for saved, tensor in read_tensors(files, ours)}
+    _load(model, tensors, True, directory)
+
+
+def _names_in_model(model: Any, files: dict[str, Path], state: dict[str, Tensor]) -> dict[str, str]:
+    """What the Hugging Face library, which may save under other names, calls saved tensors."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is None:
+            conversions = get_model_conversion_mapping(model)
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        names = {}
+        for saved in sorted(files):
+            name, _ = rename_source_key(saved, renamings, [], model.base_model_prefix, state)
+            names[saved] = saved if saved in state and name not in state else name
+        return names
+    except (ImportError, AttributeError, TypeError):  # another version of that library
+        return {name: name for name in files}
 
 
 def _load(

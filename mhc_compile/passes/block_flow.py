@@ -46,7 +46,26 @@ def block_candidates(
             f"in the recording: residual adds expected at {expected}, found at {seen}; pass "
             "example_inputs that are like the later calls, or leave the block out with filter_fn"
         )
+    _check_no_more(flow, nodes, found, plan, label)
     return flow, nodes, found
+
+
+def _check_no_more(
+    flow: Flow, nodes: list[fx.Node], found: list[Candidate], plan: BlockPlan, label: str
+) -> None:
+    """Refuses adds on the same streams at lines that the recording did not reach."""
+    known = {c.index for c in found}
+    candidates = find_candidates(flow)
+    chains, _ = link_streams(flow, candidates)
+    for chain in split_nested(flow, candidates, chains)[0]:
+        new = [i for i in chain if i not in known and flow.ops[i].source not in plan.seen]
+        if new and not known.isdisjoint(chain):
+            raise UnsupportedResidualError(
+                f"block {plan.name!r} ({label}) has a residual add at "
+                f"{format_source(nodes[new[0]].meta.get('source'))} that the recording in "
+                "evaluation mode did not reach; make the block add the same residuals in training "
+                "and evaluation, or leave it out with filter_fn"
+            )
 
 
 def _other_way(flow: Flow) -> list[Candidate]:
@@ -65,7 +84,7 @@ def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flo
         tensor = value if isinstance(value, Tensor) else None
         name = _name(node)
         operands = [n for n in _tensor_arguments(node)]
-        heavy = is_heavy_name(name)
+        heavy = is_heavy_name(name) or _is_opaque(node)
         noop = node.op in ("call_function", "call_method") and (
             name in NOOP_NAMES or _is_identity(node, name)
         )
@@ -87,6 +106,14 @@ def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flo
             flow.outputs.add(index)
     flow.finish()
     return flow, nodes
+
+
+def _is_opaque(node: fx.Node) -> bool:
+    """Whether a node calls a function that was not traced, in which anything may happen."""
+    module = getattr(node.target, "__module__", None) or "torch"
+    known = module.split(".")[0] in ("torch", "operator", "_operator", "builtins", "math")
+    checkpoint = getattr(node.target, "__name__", "") == "checkpoint"
+    return node.op == "call_function" and (checkpoint or not known)
 
 
 def _is_size(value: Any) -> bool:

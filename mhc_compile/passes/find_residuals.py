@@ -111,12 +111,14 @@ class BlockPlan:
         opened: submodules, relative to the block, that hold a part of a stream and are traced
             into; all others stay calls.
         light: submodules that hold no matmul, convolution or attention.
+        seen: source lines of all residual-like adds of the recording, taken or not.
     """
 
     name: str
     segments: tuple[Segment, ...]
     opened: frozenset[str]
     light: frozenset[str]
+    seen: frozenset[Source | None] = frozenset()
 
     @property
     def order(self) -> list[tuple[int, int]]:
@@ -185,7 +187,8 @@ def plan_rewrite(
         sites += found
         for part in _runs(found):
             blocks += _segments(recording, stream, found, part)
-    return Plan(tuple(sites), _merged(blocks))
+    seen = frozenset(flow.ops[i].source for i in candidates)
+    return Plan(tuple(sites), tuple(replace(b, seen=seen) for b in _merged(blocks)))
 
 
 def _check_stream(flow: Flow, stream: _Stream) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import linecache
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,13 +58,23 @@ class Variant:
 
 @dataclass
 class BlockRewrite:
-    """What a rewritten block keeps besides its modules."""
+    """What a rewritten block keeps besides its modules; `ran` is for `surroundings`."""
 
     plan: BlockPlan
     config: MHCConfig
     original: type[nn.Module]
     open_names: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    ran: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps: functions are made anew, from the code that a process runs."""
+        return {**self.__dict__, "variants": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockRewrite:
+        """A copy that learns new kinds of calls by itself; what it shares is immutable."""
+        variants = {key: list(known) for key, known in self.variants.items()}
+        return replace(self, variants=variants)
 
     def key(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], leaves: list[Any]
@@ -103,6 +113,8 @@ class BlockRewrite:
         leaves: list[Any],
     ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
+        if not torch.compiler.is_compiling():
+            self.ran = True
         inputs = [leaves[i] for i in variant.order]
         if variant.modes and not torch.compiler.is_compiling():
             with left_on_error():
@@ -113,14 +125,17 @@ class BlockRewrite:
             forward = self.original.forward
             find = partial(argument_at, forward, args, kwargs)
             result = finish_result(variant.writes, variant.kind, find, result)
-        if self.config.streams > 1 and not torch.compiler.is_compiling():
+        if self.config.streams > 1:
             for segment in self.plan.segments:
                 for k in segment.outputs:
                     setattr(tensor_leaves(result)[k], MARK, True)
         return result
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="mhc_compile traces a block when a kind of call is new (another mode, dtype, mask or "
+    "cache): make one such call without torch.compile first"
+)
 def trace_variant(
     block: nn.Module,
     rewrite: BlockRewrite,
@@ -254,10 +269,25 @@ def _rewritten_class(original: type[nn.Module]) -> type[nn.Module]:
         return rewrite.call(self, args, kwargs)
 
     if original not in _classes:
-        body = {"forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
+        # Of the same name: other libraries pick blocks by it (FSDP's wrapping, device maps).
+        body = {
+            "forward": forward, "__module__": original.__module__, "__doc__": original.__doc__,
+            "__qualname__": original.__qualname__, "__reduce_ex__": _reduce_block,
+        }  # fmt: skip
         forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
-        _classes[original] = type(f"MHC{original.__name__}", (original,), body)
+        _classes[original] = type(original.__name__, (original,), body)
     return _classes[original]
+
+
+def _reduce_block(block: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """For copy and pickle: a rewritten class is found through the user's, which has a place."""
+    rewrite: BlockRewrite = block.__dict__[_REWRITE]
+    return _empty_block, (rewrite.original,), block.__getstate__()
+
+
+def _empty_block(original: type[nn.Module]) -> nn.Module:
+    cls = _rewritten_class(original)
+    return cls.__new__(cls)
 
 
 def _generate(

@@ -182,7 +182,11 @@ def _link(flow: Flow, states: set[int], stop: int) -> list[int]:
     for state in states:
         reach |= flow.descendants[state]
     for i in bits_of(reach & (flow.ancestors[stop] | 1 << stop) & ~flow.heavy):
-        if i not in states and any(j in states or j in lifted for j in flow.ops[i].inputs):
+        op = flow.ops[i]
+        carries = bool(
+            op.is_float and op.shape
+        )  # not a mask, a size, or a number such as isinf().any()
+        if carries and i not in states and any(j in states or j in lifted for j in op.inputs):
             lifted.add(i)
     needed: set[int] = set()
     todo = [stop]

@@ -19,7 +19,7 @@ class Snapshot:
         self.classes = [type(m) for m in self.modules]
         self.attributes = [dict(m.__dict__) for m in self.modules]
         self.inner = [
-            (module, value, dict(value) if isinstance(value, dict) else list(value))
+            (module, value, _items(value))
             for module in self.modules for value in module.__dict__.values()
             if isinstance(value, dict | list | set | collections.deque)
         ]  # fmt: skip
@@ -90,8 +90,18 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _same_items(a: Any, b: Any) -> bool:
+def _items(container: Any) -> Any:
+    """What a container holds, in a plain one."""
+    for kind in (dict, set):
+        if isinstance(container, kind):
+            return kind(container)
+    return list(container)
+
+
+def _same_items(now: Any, before: Any) -> bool:
     """Whether two containers hold the same objects (under the same keys) in the same order."""
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(a[key] is value for key, value in b.items())
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    if len(now) != len(before):
+        return False
+    if isinstance(before, dict):
+        return list(now) == list(before) and all(now[key] is v for key, v in before.items())
+    return all(a is b for a, b in zip(now, before, strict=True))

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +19,8 @@ from mhc_compile.errors import CheckpointError
 
 MANIFEST = "mhc_compile.json"
 FORMAT = "mhc_compile"
+CONFIG_KEY = "mhc_compile"
+"""The key under which a Hugging Face model's config.json holds the design and the sites."""
 VERSION = 1
 
 
@@ -91,6 +93,62 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return tensors, manifest
+
+
+def holds_manifest(directory: str | os.PathLike[str]) -> bool:
+    """Whether `write_checkpoint` wrote to a directory."""
+    return (Path(directory) / MANIFEST).exists()
+
+
+def read_hugging_face(
+    directory: str | os.PathLike[str],
+) -> tuple[dict[str, Path], dict[str, Any]] | None:
+    """Finds what a transformed Hugging Face model's own `save_pretrained` wrote.
+
+    Returns:
+        The file of each tensor, and the note in config.json; None if there is no such note.
+
+    Raises:
+        CheckpointError: there is one, but a file is missing or damaged.
+    """
+    folder = Path(directory)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    note = config.get(CONFIG_KEY) if isinstance(config, dict) else None
+    if not isinstance(note, dict):
+        return None
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        if single.exists():
+            with safe_open(single, "pt") as file:
+                return dict.fromkeys(file.keys(), single), note
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / os.path.basename(file) for name, file in names.items()}, note
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} has the config of a transformed model, but neither {single.name} nor "
+            f"{index.name} can be read: {error}"
+        ) from error
+
+
+def read_tensors(files: Mapping[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yields single tensors of safetensors files, on the CPU.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(files[name], []).append(name)
+    for path, inside in by_file.items():
+        try:
+            with safe_open(path, "pt") as file:
+                for name in inside:
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager

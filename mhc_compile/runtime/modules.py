@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +26,30 @@ class ConnectionState(NamedTuple):
     res: Tensor
 
 
-class _LoadsWithoutOwnKeys(nn.Module):
-    """Keeps its values when a state dict of the original model, without its keys, is loaded."""
+class _Connection(nn.Module):
+    """What the modules with mHC parameters have in common."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Keeps the values when a state dict of the original model, without these, is loaded."""
         if any(prefix + name in state_dict for name in self._parameters):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Keeps float32 where a model is cast to a narrower dtype, `model.to(torch.bfloat16)`.
 
-class HyperConnection(_LoadsWithoutOwnKeys):
+        Coefficients are computed in float32, and steps of an optimizer on a bias of 5 are lost in
+        bfloat16. A model that is cast after `transform` is so the same as one cast before it.
+        """
+
+        def keep(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            narrower = out.is_floating_point() and out.element_size() < tensor.element_size()
+            return tensor.to(out.device) if narrower else out
+
+        return super()._apply(keep, recurse)
+
+
+class HyperConnection(_Connection):
     """The connection around one sublayer F, Eq. (3) and (14)-(19) of arXiv 2512.24880.
 
     `h, state = pre(x)`, then `x' = post(x, F(h), state)` with `x'_i = sum_j res_ij x_j + post_i F`.
@@ -171,7 +187,7 @@ class HyperConnection(_LoadsWithoutOwnKeys):
         return f"channels={self.channels}, streams={c.streams}, {c.connection!r}, {c.convention!r}"
 
 
-class StreamCollapse(_LoadsWithoutOwnKeys):
+class StreamCollapse(_Connection):
     """Joins the n streams into one tensor after the last sublayer.
 
     "learned" and "head" start from unequal weights that sum to 1: with equal ones the last H_res,

@@ -1,83 +1,22 @@
 """Random transformer-like modules whose residual adds are known by construction.
 
-`specs()` draws a `Spec`, `Model(spec)` builds it. Lines that add a sublayer's output to the
+`build(spec)` makes the model of a `Spec`. Lines that add a sublayer's output to the
 residual stream end in `# site`; nothing else in this file is a site, however much it looks like
 one. What mHC makes of a spec is written down once more, on n streams, in `reference.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hypothesis import strategies as st
+from specs import STATES, all_sites
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 VOCABULARY, HEADS, HEAD, LONGEST = 13, 2, 4, 16
-
-
-class Plain:
-    """A frozen dataclass whose repr shows what differs from the defaults; it can be evaluated."""
-
-    def __repr__(self):
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        ]
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-
-@dataclass(frozen=True, repr=False)
-class Site(Plain):
-    """One sublayer and its residual add."""
-
-    body: str = "mlp"
-    norm: str = "pre"
-    norm_kind: str = "layer"
-    scale: str = "none"
-    write: str = "x+f"
-    place: str = "block"
-    closed: bool = False  # the norm is called inside the sublayer's module
-    drop: str = "none"
-    cast: str = "none"
-
-
-@dataclass(frozen=True, repr=False)
-class Stack(Plain):
-    """Blocks that run one after the other on one residual stream."""
-
-    blocks: tuple[tuple[Site, ...], ...] = ((Site(),),)
-    trunk: str = "loop"
-    carry: str = "tensor"
-    layout: str = "btc"
-    inner: str = "btc"  # layout within a block, if the stack's is btc
-    inject: str = "none"
-    repeat: bool = False
-    tied: str = "none"
-    hook: str = "none"
-    checkpoint: str = "none"
-    aux: str = "none"
-
-
-@dataclass(frozen=True, repr=False)
-class Spec(Plain):
-    """A whole model: its stacks and what surrounds them."""
-
-    stacks: tuple[Stack, ...] = (Stack(),)
-    topology: str = "single"
-    in_root: bool = False  # stacks are no modules: their loop runs in the root's forward
-    stem: str = "embed"
-    head: str = "norm"
-    width: int = 6
-    batch: int = 2
-    length: int = 5
-    n: int = 2
-    seed: int = 0
 
 
 # --- norms and sublayers --------------------------------------------------------------------------
@@ -339,12 +278,12 @@ class Core(nn.Module):
             h = h.to(torch.bfloat16)
         f = self.body(h, ctx)
         if site.body == "parallel":
-            return tuple(self.finish(part, convert) for part in f)
+            return tuple(self.finish(part, convert, ctx) for part in f)
         if site.cast in ("branch64", "branch16"):
             f = f.to(dtype)
-        return self.finish(f, convert)
+        return self.finish(f, convert, ctx)
 
-    def finish(self, f, convert):
+    def finish(self, f, convert, ctx):
         if convert:
             f = to_layout(f, self.layout)
         f = self.norm(f)
@@ -352,6 +291,8 @@ class Core(nn.Module):
             f = 0.7 * f
         if self.site.scale == "layer":
             f = f * self.gamma
+        if self.site.scale == "adaptive":
+            f = ctx["gate"] * f
         return self.drop(f)
 
 
@@ -363,6 +304,9 @@ def combine(x, f, step):
     site = step.site
     if isinstance(f, tuple):
         return combine_parallel(x, *f, site.write)
+    if site.scale == "highway":
+        gate = torch.sigmoid(step.highway(x))
+        return gate * x + (1 - gate) * f  # site
     if site.cast == "add64":
         return (x.double() + f.double()).float()  # site
     if site.scale == "minus":
@@ -424,6 +368,8 @@ class Step(nn.Module):
     def __init__(self, site, width, layout):
         super().__init__()
         self.site, self.layout = site, layout
+        if site.norm == "before":
+            self.norm_skip = make_norm(site.norm_kind, width, layout)
         pre = site.norm in ("pre", "sandwich")
         self.norm_in = make_norm(site.norm_kind, width, layout) if pre else nn.Identity()
         self.core = Core(site, width, layout)
@@ -435,6 +381,10 @@ class Step(nn.Module):
             self.keep = nn.Parameter(torch.tensor(0.8))
         if site.scale in ("skip_vector", "addcmul_skip"):
             self.keep = nn.Parameter(torch.ones(shape))
+        if site.scale == "highway":
+            self.highway = nn.Linear(width, width)
+        if site.scale == "gated":
+            self.gate = nn.Linear(width, width)
         if site.scale == "addcmul":
             self.gamma = nn.Parameter(torch.ones(shape))
 
@@ -446,6 +396,8 @@ class Inside(Step):
     """The residual is added within the sublayer's module, as in T5."""
 
     def forward(self, x, ctx=None):
+        if self.site.norm == "before":
+            x = self.norm_skip(x)
         return self.norm_out(combine(x, self.core(self.norm_in(x), ctx), self))
 
 
@@ -456,7 +408,7 @@ class Output(nn.Module):
         super().__init__()
         self.site, self.dense, self.drop = site, nn.Linear(width, width), nn.Dropout(0.1)
         self.norm = step.norm_out
-        for name in ("keep", "gamma"):
+        for name in ("keep", "gamma", "highway"):
             if hasattr(step, name):
                 setattr(self, name, getattr(step, name))
 
@@ -481,6 +433,8 @@ def run_steps(steps, x, ctx):
         if site.place == "inside":
             x, normed, f = step(x, ctx), None, None
             continue
+        if site.norm == "before":  # BLOOM: the residual is taken behind the norm
+            x = step.norm_skip(x)
         if normed is not None:
             f = step.core(normed, ctx)
         elif site.closed:
@@ -488,6 +442,8 @@ def run_steps(steps, x, ctx):
         else:
             f = step.core(step.norm_in(x), ctx)
         normed = None
+        if site.scale == "gated":  # the branch reads the residual twice
+            f = f * torch.sigmoid(step.gate(x))
         if site.place == "output":
             x = step.output(f, x)
         elif site.place == "add_norm" and site.norm == "post":
@@ -531,7 +487,9 @@ class Block(nn.Module):
 
 
 class TensorBlock(Block):
-    def forward(self, x, ctx=None):
+    def forward(self, x, ctx=None, first=None):
+        if first is not None:
+            x = 0.8 * x + 0.3 * first
         return self.run(x, ctx)[0]
 
 
@@ -551,7 +509,7 @@ class AheadBlock(Block):
         return aux, x
 
 
-KEYS = ("like", "mask", "cos", "sin", "memory")
+KEYS = ("like", "mask", "cos", "sin", "pad", "gate", "memory")
 
 
 class State(NamedTuple):
@@ -560,6 +518,8 @@ class State(NamedTuple):
     x: Tensor
     cos: Tensor
     sin: Tensor
+    pad: Tensor
+    gate: Tensor | None
     memory: Tensor | None
 
 
@@ -621,7 +581,6 @@ BLOCKS = {
     "tuple": TupleBlock, "behind": BehindBlock, "list": ListBlock, "dict": DictBlock,
     "named": NamedBlock, "data": DataBlock,
 }  # fmt: skip
-STATES = ("tuple", "behind", "list", "dict", "named", "data")  # one argument holds everything
 
 
 def pack(carry, x, ctx):
@@ -653,6 +612,11 @@ def observe_before(module, args):
     """A forward pre-hook that looks and changes nothing."""
 
 
+def halve(module, args, output):
+    """A forward hook that changes the stream."""
+    return 0.5 * output
+
+
 class StackModule(nn.Module):
     def __init__(self, stack, width):
         super().__init__()
@@ -661,12 +625,16 @@ class StackModule(nn.Module):
         self.blocks = nn.ModuleList(kind(sites, width, stack) for sites in stack.blocks)
         if stack.trunk == "sequential":
             self.blocks = nn.Sequential(*self.blocks)
+        if stack.inject == "feature":
+            self.feature = nn.Embedding(VOCABULARY, width)
         if stack.inject == "learned":
             self.mix = nn.Parameter(torch.tensor([0.8, 0.3]))
         self.tie()
         for block in self.blocks:
             if stack.hook == "after":
                 block.register_forward_hook(observe)
+            elif stack.hook == "halve":
+                block.register_forward_hook(halve)
             elif stack.hook == "before":
                 block.register_forward_pre_hook(observe_before)
 
@@ -698,42 +666,55 @@ class StackModule(nn.Module):
 
 
 def run_stack(module, x, ctx):
-    """The stream after all blocks, and the sum of their auxiliary values."""
-    stack, aux = module.stack, None
+    """The stream after all blocks, the sum of their auxiliary values, and all states."""
+    stack, aux, states, saved = module.stack, None, [], []
     x = to_layout(x, stack.layout)
     if stack.trunk == "deferred":
         hidden, residual = x, None
         for block in module.order:
             hidden, residual = block(hidden, residual, ctx)
-        return from_layout(residual + hidden, stack.layout, ctx["like"]), None  # site
+        return from_layout(residual + hidden, stack.layout, ctx["like"]), None, []  # site
     first = x
     if stack.trunk == "sequential":
         if stack.carry in STATES:
             x = unpack(stack.carry, module.blocks(pack(stack.carry, x, ctx)))
         else:
             x = module.blocks(x)
-    elif stack.carry in STATES and stack.inject == "none":
+    elif stack.carry in STATES and (
+        stack.inject == "none" and not stack.pad and stack.states == "none"
+    ):
         state = pack(stack.carry, x, ctx)
         for block in module.order:
             state = call(stack, block, state)
         x = unpack(stack.carry, state)
     else:
         for k, block in enumerate(module.order):
+            if k and stack.pad:
+                x = x * ctx["pad"]
             if k and stack.inject == "constant":
                 x = 0.8 * x + 0.3 * first
             elif k and stack.inject == "learned":
                 x = module.mix[0] * x + module.mix[1] * first
             elif k and stack.inject == "plain":
                 x = x + first
-            x, extra = run_block(stack, block, x, ctx)
+            elif stack.inject == "feature":  # of the tokens, not of the stream
+                x = x + module.feature(ctx["like"])
+            elif stack.inject == "unet" and saved and 2 * k >= len(module.order):
+                x = x + 0.5 * saved.pop()
+            saved.append(x)
+            x, extra = run_block(stack, block, x, ctx, first)
+            if stack.states != "none":
+                states.append(x)
             if extra is not None:
                 aux = extra if aux is None else aux + extra
+        if stack.states == "sum":  # of all layers, weighted
+            x, states = sum((0.5 + k) * state for k, state in enumerate(states)), []
         if stack.inject == "long":
             x = x + first
-    return from_layout(x, stack.layout, ctx["like"]), aux
+    return from_layout(x, stack.layout, ctx["like"]), aux, states
 
 
-def run_block(stack, block, x, ctx):
+def run_block(stack, block, x, ctx, first):
     if stack.trunk == "root":
         return run_steps(list(block.steps), x, ctx)[0], None
     if stack.carry in STATES:
@@ -745,6 +726,8 @@ def run_block(stack, block, x, ctx):
     if stack.carry == "ahead":
         extra, x = call(stack, block, ctx, x)
         return x, extra
+    if stack.inject == "inside":
+        return call(stack, block, x, ctx, first), None
     return call(stack, block, x, ctx), None
 
 
@@ -752,6 +735,25 @@ def call(stack, block, *args, **kwargs):
     if stack.checkpoint == "none":
         return block(*args, **kwargs)
     return checkpoint(block, *args, use_reentrant=stack.checkpoint == "reentrant", **kwargs)
+
+
+class JointBlock(nn.Module):
+    """Two streams whose tokens attend to each other, as in multimodal diffusion transformers."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm_x, self.norm_y = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = Attention(width)
+
+    def branches(self, x, y):
+        z = self.attn(torch.cat([self.norm_x(x), self.norm_y(y)], 1))
+        return z[:, : x.shape[1]], z[:, x.shape[1] :]
+
+    def forward(self, x, y):
+        f, g = self.branches(x, y)
+        x = x + f  # site
+        y = y + g  # site
+        return x, y
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -783,6 +785,10 @@ class Model(nn.Module):
             self.norm_0 = nn.LayerNorm(width)
         if spec.stem == "sum":
             self.left, self.right = nn.Linear(width, width), nn.Linear(width, width)
+        if "adaptive" in [site.scale for site in all_sites(spec)]:
+            self.condition = nn.Embedding(VOCABULARY, width)
+        if spec.topology == "joint":
+            self.joint = nn.ModuleList(JointBlock(width) for _ in spec.stacks[0].blocks)
         self.stacks = nn.ModuleList(
             StackModule(stack, self.widths[k]) for k, stack in enumerate(spec.stacks)
         )
@@ -790,10 +796,11 @@ class Model(nn.Module):
             self.project = nn.ModuleList(
                 nn.Linear(a, b) for a, b in zip(self.widths, self.widths[1:], strict=False)
             )
-        last = self.widths[-1] * (len(spec.stacks) if spec.topology == "towers" else 1)
-        if spec.head in ("norm", "logits"):
+        ends = {"towers": len(spec.stacks), "fork": len(spec.stacks) - 1}.get(spec.topology, 1)
+        last = self.widths[-1] * ends
+        if spec.head in ("norm", "logits", "pool"):
             self.norm = nn.LayerNorm(last)
-        if spec.head in ("linear", "logits"):
+        if spec.head in ("linear", "logits", "pool"):
             self.out = nn.Linear(last, VOCABULARY)
         if spec.head == "cubic":
             self.out = CubicHead(last)
@@ -823,14 +830,26 @@ class Model(nn.Module):
         rates = 10.0 ** -torch.arange(HEAD // 2, device=x.device, dtype=x.dtype)
         angles = places[:, None] * rates[None, :]
         angles = torch.cat([angles, angles], -1)
+        pad = 1 - 0.5 * (places == 1).to(x.dtype)
+        # A label decides, as in diffusion transformers: the first token stands for it.
+        gate = self.condition(inputs[:, :1]) if hasattr(self, "condition") else None
         like = inputs if inputs.dim() == 2 else inputs[..., 0]
-        return {"like": like, "mask": mask, "cos": angles.cos(), "sin": angles.sin()}
+        return {
+            "like": like,
+            "mask": mask,
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+            "pad": pad[:, None],
+            "gate": gate,
+        }
 
     def finish(self, x):
         head = self.spec.head
-        if head in ("norm", "logits"):
+        if head == "pool":
+            x = x[:, -1]
+        if head in ("norm", "logits", "pool"):
             x = self.norm(x)
-        if head in ("linear", "logits", "cubic"):
+        if head in ("linear", "logits", "cubic", "pool"):
             x = self.out(x)
         if head == "logits":
             x = 5 * torch.tanh(x / 5)
@@ -845,32 +864,45 @@ class Model(nn.Module):
         inputs, x = x, self.start(x)
         ctx = self.context(x, inputs)
         if topology == "encdec":
-            memory, aux = self.run(0, x, ctx)
+            memory, *first = self.run(0, x, ctx)
             start = self.start(y)
-            x, more = self.run(1, start, {**self.context(start, y), "memory": memory})
-            extra = [aux, more]
-        elif topology == "towers":
+            x, *second = self.run(1, start, {**self.context(start, y), "memory": memory})
+            extra = [first, second]
+        elif topology in ("towers", "fork"):
             ends, extra = [], []
             for k in range(len(self.stacks)):
-                end, aux = self.run(k, x, ctx)
-                ends.append(end)
-                extra.append(aux)
+                end, *more = self.run(k, x, ctx)
+                if topology == "fork" and k == 0:  # the others start where this one ends
+                    x = end
+                else:
+                    ends.append(end)
+                extra.append(more)
             x = torch.cat(ends, -1)
-        elif topology == "interleaved":
-            left, right = x, x if y is None else self.start(y)
-            extra = [None]
-            for a, b in zip(self.stacks[0].order, self.stacks[1].order, strict=True):
-                left, right = a(left, ctx), b(right, ctx)
-            x = left * torch.sigmoid(right)
+        elif topology in ("interleaved", "joint"):
+            left, right, extra = x, x, []
+            inside, beside = ctx, ctx
+            if topology == "joint":
+                right = self.start(y)
+                beside = self.context(right, y)
+            for k, (a, b) in enumerate(
+                zip(self.stacks[0].order, self.stacks[1].order, strict=True)
+            ):
+                if topology == "joint":
+                    left, right = self.joint[k](left, right)
+                left, right = a(left, inside), b(right, beside)
+            x = torch.cat([left, right], 1)
         else:
             extra = []
             for k in range(len(self.stacks)):
                 if k:
                     x = self.project[k - 1](x)
-                x, aux = self.run(k, x, ctx)
-                extra.append(aux)
-        found = [a for a in extra if a is not None]
-        return (self.finish(x), sum(found)) if found else self.finish(x)
+                x, *more = self.run(k, x, ctx)
+                extra.append(more)
+        found = [aux for aux, _ in extra if aux is not None]
+        states = [state for _, all_states in extra for state in all_states]
+        if not found and not states:
+            return self.finish(x)
+        return (self.finish(x), *([sum(found)] if found else []), *states)
 
 
 def build(spec):
@@ -882,7 +914,7 @@ def build(spec):
             for parameter in model.parameters():
                 if parameter.dim() <= 2 and (parameter.dim() < 2 or parameter.shape[-1] == 1):
                     parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.double() if spec.double else model
 
 
 def make_inputs(spec, batch=None, length=None, seed=1):
@@ -892,223 +924,9 @@ def make_inputs(spec, batch=None, length=None, seed=1):
 
     def one(length):
         if spec.stem == "states":
-            return torch.randn(batch, length, spec.width, generator=generator)
+            x = torch.randn(batch, length, spec.width, generator=generator)
+            return x.double() if spec.double else x
         return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
 
-    return (one(length), one(length + 1)) if spec.topology == "encdec" else (one(length),)
-
-
-# --- drawing --------------------------------------------------------------------------------------
-
-NORMS = ("pre", "post", "sandwich", "none", "branch")
-NORM_KINDS = ("layer", "own", "rms")
-SCALES = ("none", "constant", "layer", "alpha", "addcmul", "minus", "skip", "skip_scalar",
-          "skip_vector", "alpha_skip", "addcmul_skip")  # fmt: skip
-WRITES = ("x+f", "f+x", "torch", "method", "iadd", "add_", "f_add_")
-IN_PLACE = ("iadd", "add_", "f_add_")
-SELF_BODIES = [b for b in BODIES if b != "cross"]
-LIGHT_ON_DTYPE = ("mlp", "cubic", "swiglu", "gated_cubic", "lora", "conv")
-
-
-@st.composite
-def sites(draw, norm, norm_kind, place, body=None):
-    return Site(
-        body=body or draw(st.sampled_from(SELF_BODIES)),
-        norm=norm, norm_kind=norm_kind, place=place,
-        scale=draw(st.sampled_from(SCALES)) if draw(st.booleans()) else "none",
-        write=draw(st.sampled_from(WRITES)),
-        closed=draw(st.booleans()),
-        drop=draw(st.sampled_from(("none", "dropout", "path"))),
-        cast=draw(st.sampled_from(("none", "none", "none", "add64", "branch64", "branch16"))),
-    )  # fmt: skip
-
-
-@st.composite
-def stacks(draw, cross=False):
-    norm, kind = draw(st.sampled_from(NORMS)), draw(st.sampled_from(NORM_KINDS))
-    place = draw(st.sampled_from(("block", "inside", "output", "add_norm")))
-    mixed = draw(st.integers(0, 4)) == 4  # norms and places differ from site to site
-    pattern = draw(st.integers(1, 3))
-
-    def site(body=None):
-        if not mixed:
-            return draw(sites(norm, kind, place, body))
-        return draw(
-            sites(
-                draw(st.sampled_from(NORMS)), draw(st.sampled_from(NORM_KINDS)),
-                draw(st.sampled_from(("block", "inside", "output", "add_norm"))), body,
-            )
-        )  # fmt: skip
-
-    same = draw(st.booleans())  # all blocks alike
-    depth = draw(st.integers(1, 3))
-    first = tuple(site("cross" if cross and k == 0 else None) for k in range(pattern))
-    blocks = tuple(
-        first if same or k == 0
-        else tuple(site("cross" if cross and j == 0 else None) for j in range(pattern))
-        for k in range(depth)
-    )  # fmt: skip
-    return Stack(
-        blocks=blocks,
-        trunk=draw(st.sampled_from(("loop", "loop", "sequential", "root", "deferred"))),
-        carry=draw(st.sampled_from(tuple(BLOCKS))),
-        layout=draw(st.sampled_from(("btc",) * 6 + ("flat", "tbc", "bct"))),
-        inner=draw(st.sampled_from(("btc",) * 6 + ("flat", "tbc", "bct"))),
-        inject=draw(st.sampled_from(("none",) * 6 + ("constant", "learned", "plain", "long"))),
-        repeat=draw(st.integers(0, 5)) == 5,
-        tied=draw(st.sampled_from(("none", "none", "none", "modules", "parameters"))),
-        hook=draw(st.sampled_from(("none", "none", "after", "before"))),
-        checkpoint=draw(st.sampled_from(("none", "none", "none", "plain", "reentrant"))),
-        aux=draw(st.sampled_from(("none", "branch", "peek"))),
-    )
-
-
-@st.composite
-def specs(draw):
-    """Valid specs; the first choices of each axis are the plainest."""
-    topology = draw(
-        st.sampled_from(("single", "single", "single", "encdec", "towers", "interleaved", "stages"))
-    )
-    count = 1 if topology == "single" else 2
-    if topology in ("towers", "stages"):
-        count = draw(st.integers(2, 3))
-    spec = Spec(
-        stacks=tuple(
-            draw(stacks(cross=topology == "encdec" and k == 1)) for k in range(count)
-        ),
-        topology=topology,
-        in_root=draw(st.booleans()),
-        stem=draw(st.sampled_from(("embed", "states", "positions", "normed", "sum"))),
-        head=draw(st.sampled_from(("norm", "none", "linear", "logits", "cubic"))),
-        width=draw(st.sampled_from((6, 5, 7, 8, 12))),
-        batch=draw(st.integers(1, 3)),
-        length=draw(st.integers(2, 6)),
-        n=draw(st.integers(1, 4)),
-        seed=draw(st.integers(0, 999)),
-    )  # fmt: skip
-    return valid(spec)
-
-
-def valid(spec):
-    """Takes back choices that exclude each other."""
-    return replace(spec, stacks=tuple(_valid_stack(s, spec, k) for k, s in enumerate(spec.stacks)))
-
-
-def _valid_stack(stack, spec, k):
-    if spec.topology == "interleaved":
-        other = spec.stacks[0]
-        stack = replace(
-            stack, trunk="loop", carry="tensor", layout="btc", inject="none", repeat=False,
-            checkpoint="none", aux="none", blocks=(stack.blocks * 3)[: len(other.blocks)],
-        )  # fmt: skip
-    if stack.trunk == "root":
-        stack = replace(stack, inner="btc", carry="tensor", hook="none", checkpoint="none")
-    if stack.trunk == "sequential":
-        stack = replace(stack, inject="none", repeat=False, checkpoint="none")
-        if stack.carry not in STATES:
-            stack = replace(stack, carry="tensor", inner="btc", layout="btc")
-    if stack.trunk == "deferred":
-        stack = replace(stack, carry="tensor", inner="btc", inject="none", checkpoint="none",
-                        hook="none")  # fmt: skip
-    if stack.layout != "btc":
-        stack = replace(stack, inner="btc")
-    if stack.carry in STATES or stack.carry not in ("pair", "ahead"):
-        stack = replace(stack, aux="none")
-    if stack.checkpoint == "reentrant" and (
-        stack.carry in ("keyword", *STATES) or spec.topology == "encdec"
-    ):
-        stack = replace(stack, checkpoint="plain")
-    if stack.tied == "modules" and stack.inject != "none":
-        stack = replace(stack, tied="parameters")
-    total = sum(len(sites) for sites in stack.blocks)
-    # The model's own input, and a state that is read later, must not be overwritten.
-    # A checkpointed block would be recomputed from what it wrote.
-    keep = stack.inject != "none" or spec.stem == "states" or stack.checkpoint != "none" or (
-        spec.topology in ("towers", "interleaved") or stack.aux == "branch")  # fmt: skip
-    blocks = tuple(
-        tuple(_valid_site(site, stack, total, keep or stack.layout != "btc") for site in sites)
-        for sites in stack.blocks
-    )
-    return replace(stack, blocks=blocks)
-
-
-def _valid_site(site, stack, total, keep):
-    changes = {}
-    layout = stack.layout if stack.layout != "btc" else stack.inner
-    if stack.trunk == "deferred":
-        changes.update(place="block", closed=False, cast="none", write="f+x")
-        if site.norm == "post":
-            changes["norm"] = "pre"
-        if site.scale not in ("none", "constant", "layer"):
-            changes["scale"] = "none"
-        if site.body == "parallel":
-            changes["body"] = "attention"
-    if stack.trunk == "sequential" and stack.carry == "tensor" and site.body in ("cross", "rotary"):
-        changes["body"] = "relative"  # the others read more than the stream
-    if site.body == "inner" and total < 2:
-        changes["body"] = "mlp"
-    if keep and site.write in IN_PLACE:
-        changes["write"] = "x+f"
-    body = changes.get("body", site.body)
-    if body == "parallel":
-        if site.place == "output":
-            changes["place"] = "block"
-        changes["cast"] = "none"
-        if site.scale not in ("none", "constant", "layer"):
-            changes["scale"] = "none"
-        if site.write in ("add_", "f_add_"):
-            changes["write"] = "x+f"
-    if site.place == "output" and layout == "bct":
-        changes["place"] = "block"
-    if changes.get("cast", site.cast) in ("branch64", "branch16") and body not in LIGHT_ON_DTYPE:
-        changes["cast"] = "none"
-    if changes.get("cast", site.cast) == "add64":
-        changes.update(scale="constant", write="x+f")
-    return replace(site, **changes)
-
-
-def shorter(spec):
-    """Specs that are a little plainer than this one, for shrinking."""
-    for k, stack in enumerate(spec.stacks):
-        for plainer in _shorter_stack(stack, spec.topology != "interleaved"):
-            yield valid(replace(spec, stacks=_put(spec.stacks, k, plainer)))
-    if len(spec.stacks) > 1:
-        for stack in spec.stacks:
-            yield valid(replace(spec, stacks=(stack,), topology="single"))
-    yield from (valid(s) for s in _plainer(spec, skip=("stacks", "topology")))
-
-
-def _shorter_stack(stack, fewer_blocks):
-    blocks = stack.blocks
-    if fewer_blocks and len(blocks) > 1:
-        yield from (replace(stack, blocks=_put(blocks, j)) for j in range(len(blocks)))
-    for j, block in enumerate(blocks):
-        if len(block) > 1:
-            for i in range(len(block)):
-                yield replace(stack, blocks=_put(blocks, j, _put(block, i)))
-        for i, site in enumerate(block):
-            for plainer in _plainer(site):
-                yield replace(stack, blocks=_put(blocks, j, _put(block, i, plainer)))
-    yield from _plainer(stack, skip=("blocks",))
-
-
-def _put(items, k, *new):
-    return (*items[:k], *new, *items[k + 1 :])
-
-
-def shrink(spec, fails):
-    """A plainer spec that still fails, found greedily."""
-    changed = True
-    while changed:
-        changed = False
-        for candidate in shorter(spec):
-            if candidate != spec and fails(candidate):
-                spec, changed = candidate, True
-                break
-    return spec
-
-
-def _plainer(value, skip=()):
-    for field in dataclasses.fields(value):
-        if field.name not in skip and getattr(value, field.name) != field.default:
-            yield replace(value, **{field.name: field.default})
+    two = spec.topology in ("encdec", "joint")
+    return (one(length), one(length + 1)) if two else (one(length),)

@@ -5,6 +5,8 @@ are [B, T, n, C] throughout: layouts, containers and the places of the adds are 
 affair. With one stream and no parameters it is the plain model, which checks the generator.
 """
 
+import itertools
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,8 @@ def true_sites(spec):
     found = []
     for k, stack in enumerate(spec.stacks):
         order = [*range(len(stack.blocks))] * (2 if stack.repeat else 1)
-        found.append([(k, b, j) for b in order for j in range(len(stack.blocks[b]))])
+        joint = [-1] if spec.topology == "joint" else []  # the attention ahead of each block
+        found.append([(k, b, j) for b in order for j in (*joint, *range(len(stack.blocks[b])))])
     return found
 
 
@@ -28,13 +31,21 @@ def open_readings(spec):
     for stack in spec.stacks:
         norms = [site.norm for sites in stack.blocks for site in sites]
         norms *= 2 if stack.repeat else 1
-        mixed = len({norm == "post" for norm in norms}) > 1
-        # Nothing tells a post-norm behind a single site from a model's final norm.
-        undecided = norms[-1] == "post" and (mixed or len(norms) == 1)
+        # Nothing tells a post-norm behind a single site, or a norm that some skips start from,
+        # from a model's final norm, if the stream ends there.
+        between = [norm == "post" or after == "before" for norm, after in pairwise(norms)]
+        unclear = not between or len(set(between)) > 1
+        trailing = norms[-1] == "post" and (unclear or stack.hook == "halve")
+        ends = stack is spec.stacks[-1] and spec.topology in ("single", "encdec", "stages")
+        headed = ends and spec.head in ("norm", "logits") and (unclear and any(between))
+        headed |= ends and spec.head in ("norm", "logits") and "before" in norms
         options.append([
-            Reading(norm_last, long_first)
-            for norm_last in ((True, False) if undecided else (True,))
-            for long_first in ((False, True) if stack.inject == "long" else (False,))
+            Reading(*choice) for choice in itertools.product(
+                (True, False) if trailing else (True,),
+                (False, True) if stack.inject == "long" else (False,),
+                (False, True) if headed else (False,),
+                (False, True) if stack.states == "sum" else (False,),
+            )
         ])  # fmt: skip
     return options
 
@@ -43,10 +54,14 @@ class Reading(NamedTuple):
     """`norm_last`: a trailing post-norm is applied to each stream, then they are collapsed.
 
     `long_first`: the streams are collapsed, then a skip around all of them is added.
+    `head_first`: the model's final norm is applied to each stream, then they are collapsed.
+    `sum_first`: states of all layers are summed stream by stream, then collapsed.
     """
 
     norm_last: bool = True
     long_first: bool = False
+    head_first: bool = False
+    sum_first: bool = False
 
 
 class Reference:
@@ -92,6 +107,9 @@ class Reference:
             seen[:] = [f]
             if isinstance(f, tuple):
                 f = f[0] + f[1]
+            if step.site.scale == "gated":
+                f = f * torch.sigmoid(step.gate(h))
+                seen[:] = [f]
             if step.site.place == "output":
                 f = step.output.dense(f)
             if step.site.scale == "alpha":
@@ -105,6 +123,10 @@ class Reference:
     def step(self, x, k, number, step, layout, ctx, seen):
         scale = step.site.scale
         keep = 1.0
+        if scale == "highway":  # refused by the library, so this is the plain model
+            gate = torch.sigmoid(step.highway(x))
+            f = self.branch_of(step, layout, ctx, seen)(x.squeeze(-2)).unsqueeze(-2)
+            return gate * x + (1 - gate) * f
         if scale in ("skip", "alpha_skip"):
             keep = 0.9
         elif scale in ("skip_scalar", "skip_vector", "addcmul_skip"):
@@ -117,70 +139,169 @@ class Reference:
         norm = step.norm_out.norm if layout == "bct" and step.site.norm == "post" else step.norm_out
         return norm(x)
 
-    # --- stacks -----------------------------------------------------------------------------
+    # --- models -----------------------------------------------------------------------------
 
     def stack(self, k, x, ctx):
-        """The stream behind stack k, and the sum of its auxiliary values."""
-        module, stack = self.model.stacks[k], self.spec.stacks[k]
-        layout = stack.layout if stack.layout != "btc" else stack.inner
-        reading, first = self.readings[k], x
-        streams = self.expand(x, k)
-        start = streams
-        number, aux, seen = 0, None, []
-        order = module.order
-        total = sum(len(block.steps) for block in order)
-        out = None
-        for index, block in enumerate(order):
-            if index and stack.inject == "constant":
-                streams = 0.8 * streams + 0.3 * start
-            elif index and stack.inject == "learned":
-                streams = module.mix[0] * streams + module.mix[1] * start
-            elif index and stack.inject == "plain":
-                streams = streams + start
-            for step in block.steps:
-                seen.clear()
-                streams = self.step(streams, k, number, step, layout, ctx, seen)
-                number += 1
-                last = number == total
-                if last and not reading.norm_last:
-                    streams = self.collapse(streams, k).unsqueeze(-2)
-                streams = self.norm(streams, step, layout)
-            last = number == total
-            out = self.collapse(streams, k) if last else None  # the sublayers' end
-            if stack.aux == "branch" and seen and not isinstance(seen[0], tuple):
-                if block.steps[-1].site.place != "inside":
-                    extra = seen[0].square().mean()
-                    aux = extra if aux is None else aux + extra
-            elif stack.aux == "peek":
-                here = streams.mean(-2) if out is None else out
-                extra = here.square().mean()
-                aux = extra if aux is None else aux + extra
-            if last and stack.inject == "long":
-                early = reading.long_first or streams.shape[-2] == 1
-                out = out + first if early else self.collapse(streams + start, k)
-        return out, aux
+        """Runs one stack; returns its end, the sum of its auxiliary values, and its states."""
+        run = StackRun(self, k, x, ctx)
+        for index in range(len(run.order)):
+            run.block(index)
+        return run.end, run.aux, run.states
+
+    def joint(self, x, y, contexts):
+        """Two stacks whose blocks alternate with attention over the tokens of both."""
+        runs = [StackRun(self, k, state, contexts[k]) for k, state in enumerate((x, y))]
+        for index, block in enumerate(self.model.joint):
+            states = [run.streams for run in runs]
+            h, post, res = zip(*map(self.read, states, runs), strict=True)
+            branches = block.branches(*h)
+            for k, run in enumerate(runs):
+                run.streams = self.merge(states[k], branches[k], post[k], res[k])
+                run.number += 1
+            for run in runs:
+                run.block(index)
+        return [run.end for run in runs]
+
+    def read(self, x, run):
+        if self.connections is None or self.spec.n == 1:
+            return x.squeeze(-2), None, None
+        connection = self.connections[run.k][run.number]
+        pre, post, res = mc.reference.coefficients(x, *connection, n=self.spec.n)
+        return mc.reference.apply_pre(x, pre), post, res
+
+    def merge(self, x, f, post, res):
+        if post is None:
+            return x + f.unsqueeze(-2)
+        return mc.reference.apply_post_res(x, f, post, res)
 
     def __call__(self, x, y=None):
-        spec, model = self.spec, self.model
+        spec, model, topology = self.spec, self.model, self.spec.topology
         inputs, x = x, model.start(x)
         ctx = model.context(x, inputs)
-        if spec.topology == "encdec":
-            memory, aux = self.stack(0, x, ctx)
+        if topology == "encdec":
+            memory, *first = self.stack(0, x, ctx)
             start = model.start(y)
-            x, more = self.stack(1, start, {**model.context(start, y), "memory": memory})
-            extra = [aux, more]
-        elif spec.topology == "towers":
-            runs = [self.stack(k, x, ctx) for k in range(len(spec.stacks))]
-            x, extra = torch.cat([end for end, _ in runs], -1), [aux for _, aux in runs]
-        elif spec.topology == "interleaved":
-            (left, _), (right, _) = self.stack(0, x, ctx), self.stack(1, x, ctx)
-            x, extra = left * torch.sigmoid(right), []
+            x, *second = self.stack(1, start, {**model.context(start, y), "memory": memory})
+            extra = [first, second]
+        elif topology in ("towers", "fork"):
+            ends, extra = [], []
+            for k in range(len(spec.stacks)):
+                end, *more = self.stack(k, x, ctx)
+                if topology == "fork" and k == 0:
+                    x = end
+                else:
+                    ends.append(end)
+                extra.append(more)
+            x = torch.cat(ends, -1)
+        elif topology == "interleaved":
+            x, extra = torch.cat([self.stack(k, x, ctx)[0] for k in range(2)], 1), []
+        elif topology == "joint":
+            start = model.start(y)
+            x, extra = torch.cat(self.joint(x, start, [ctx, model.context(start, y)]), 1), []
         else:
             extra = []
             for k in range(len(spec.stacks)):
                 if k:
                     x = model.project[k - 1](x)
-                x, aux = self.stack(k, x, ctx)
-                extra.append(aux)
-        found = [a for a in extra if a is not None]
-        return (model.finish(x), sum(found)) if found else (model.finish(x),)
+                x, *more = self.stack(k, x, ctx)
+                extra.append(more)
+        found = [aux for aux, _ in extra if aux is not None]
+        states = [state for _, all_states in extra for state in all_states]
+        return (self.finish(x), *([sum(found)] if found else []), *states)
+
+    def finish(self, x):
+        """The head; its norm may have been applied before the streams were collapsed."""
+        norm = self.model.norm if hasattr(self.model, "norm") else None
+        if self.readings[-1].head_first and norm is not None:
+            self.model.norm = torch.nn.Identity()
+        try:
+            return self.model.finish(x)
+        finally:
+            if norm is not None:
+                self.model.norm = norm
+
+
+class StackRun:
+    """One stack on n streams, block by block."""
+
+    def __init__(self, reference, k, x, ctx):
+        self.reference, self.k, self.ctx, self.first = reference, k, ctx, x
+        self.module, self.stack = reference.model.stacks[k], reference.spec.stacks[k]
+        self.reading, self.order = reference.readings[k], reference.model.stacks[k].order
+        self.streams = self.start = reference.expand(x, k)
+        self.number, self.aux, self.states, self.end, self.saved = 0, None, [], None, []
+        self.layout = self.stack.layout if self.stack.layout != "btc" else self.stack.inner
+
+    def block(self, index):
+        """Runs one block and what stands between it and the one before."""
+        block, stack, seen = self.order[index], self.stack, []
+        final = index == len(self.order) - 1
+        if index and stack.pad:
+            self.streams = self.streams * self.ctx["pad"].unsqueeze(-1)
+        if index and stack.inject == "constant" or stack.inject == "inside":
+            self.streams = 0.8 * self.streams + 0.3 * self.start
+        elif index and stack.inject == "learned":
+            mix = self.module.mix
+            self.streams = mix[0] * self.streams + mix[1] * self.start
+        elif index and stack.inject == "plain":
+            self.streams = self.streams + self.start
+        elif stack.inject == "feature":
+            self.streams = self.streams + self.module.feature(self.ctx["like"]).unsqueeze(-2)
+        elif stack.inject == "unet" and self.saved and 2 * index >= len(self.order):
+            self.streams = self.streams + 0.5 * self.saved.pop()
+        self.saved.append(self.streams)
+        for j, step in enumerate(block.steps):
+            seen.clear()
+            if step.site.norm == "before":
+                self.streams = getattr(step.norm_skip, "norm", step.norm_skip)(self.streams)
+            self.streams = self.reference.step(
+                self.streams, self.k, self.number, step, self.layout, self.ctx, seen
+            )
+            self.number += 1
+            if final and j == len(block.steps) - 1 and not self.reading.norm_last:
+                self.streams = self.reference.collapse(self.streams, self.k).unsqueeze(-2)
+            self.streams = self.reference.norm(self.streams, step, self.layout)
+        self.observe(block, seen, final)
+        if stack.hook == "halve":
+            self.streams = 0.5 * self.streams
+        if stack.states == "out":
+            self.states.append(self.end_state() if final else self.streams.mean(-2))
+        elif stack.states == "sum":
+            whole = self.reading.sum_first or final
+            state = self.streams if whole else self.streams.mean(-2, keepdim=True)
+            self.states.append((0.5 + index) * state)
+        if final:
+            self.finish()
+
+    def observe(self, block, seen, final):
+        """What the block returns beside the stream."""
+        extra = None
+        if self.stack.aux == "branch" and seen and not isinstance(seen[0], tuple):
+            if block.steps[-1].site.place != "inside":
+                extra = seen[0].square().mean()
+        elif self.stack.aux == "peek":
+            here = self.end_state() if final else self.streams.mean(-2)
+            extra = here.square().mean()
+        if extra is not None:
+            self.aux = extra if self.aux is None else self.aux + extra
+
+    def end_state(self):
+        """The stream behind the last block, before anything that follows the blocks."""
+        return self.reference.collapse(self.streams, self.k)
+
+    def finish(self):
+        """Collapses the streams; a long skip may be added before or behind."""
+        collapse, streams = self.reference.collapse, self.streams
+        if self.reading.head_first and self.k == len(self.reference.spec.stacks) - 1:
+            streams = self.reference.model.norm(streams)
+        if stack_sum := self.stack.states == "sum":
+            *middle, streams = self.states
+            streams = streams + sum(s for s in middle if s.shape == streams.shape)
+        self.end = collapse(streams, self.k)
+        if stack_sum:
+            self.end = self.end + sum(s.squeeze(-2) for s in middle if s.shape != streams.shape)
+            self.states = []
+        if self.stack.inject == "long":
+            early = self.reading.long_first or streams.shape[-2] == 1
+            start = self.start
+            self.end = self.end + self.first if early else collapse(streams + start, self.k)
