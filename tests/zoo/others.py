@@ -437,9 +437,10 @@ VISION = (
             "TimesformerModel", "TimesformerConfig", **IMAGE, num_frames=2,
         ),
         lambda batch=2, length=8, seed=0: {"pixel_values": normal(batch, 2, 3, 16, 16, seed=seed)},
-        (6,),
-        "2 layers: temporal attention on all but the class token, spatial attention on a state "
-        "put together again, MLP",
+        (1, 1),
+        "2 layers, an MLP in each; the temporal attention is added to all but the class token, the "
+        "spatial one to a state put together anew, which is refused",
+        refused=("cut or joined", 4),
     ),
     vision(
         "Segment Anything",
@@ -1132,9 +1133,9 @@ SERIES = (
         lambda batch=2, length=8, seed=0: {
             "inputs_embeds": normal(batch, length, 3, seed=seed),
         },
-        (10,),
-        "2 layers: attention, MLP; x - average(x) has the form of a residual too: a moving average "
-        "behind each, and the mean in the last norm",
+        (4,),
+        "2 layers: attention, MLP; x - average(x) behind each holds no weight and acts on each "
+        "stream by itself",
         last,
     ),
     series(
