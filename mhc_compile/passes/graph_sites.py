@@ -143,9 +143,9 @@ def _trailing(
     patterns = {tuple(map(label, site.link)) for site in work.sites} - {()}
     for stop in reversed(flow.between(last, len(nodes) - 1)):
         link = _link(flow, {last}, stop)
-        if not link or link[-1] != stop:
-            continue
         node = nodes[stop]
+        if not link or link[-1] != stop or not isinstance(node.meta.get("value"), Tensor):
+            continue
         if tuple(label(nodes[i]) for i in link) in patterns:
             return link
         if len(link) == 1 and node.op == "call_module":
