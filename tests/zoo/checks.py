@@ -200,6 +200,7 @@ def check_training(case: Case) -> None:
         assert parameter.grad.isfinite().all(), f"{name}: gradient is not finite"
     sizes: dict[str, dict[str, float]] = {}
     for name, kind, gradient in gradient_parts(model, parameters):
+        kind = f"{kind} in {name.split('.')[0]}"  # parts of a model may differ by far
         sizes.setdefault(kind, {})[name] = float(gradient.abs().max())
     for kind, each in sizes.items():
         small = [k for k, v in each.items() if v <= FLOOR * max(each.values())]
