@@ -202,19 +202,19 @@ def check_training(case: Case) -> None:
     for name, kind, gradient in gradient_parts(model, parameters):
         sizes.setdefault(kind, {})[name] = float(gradient.abs().max())
     for kind, each in sizes.items():
-        small = [k for k, v in each.items() if v <= FLOOR * max(each.values())]
+        # A map that nothing reads has a gradient of exactly zero; one of a far tower a small one.
+        floor = 0.0 if " " in kind else FLOOR * max(each.values())
+        small = [k for k, v in each.items() if v <= floor]
         assert not small, f"gradients of {kind} vanish: {small}"
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     before = {k: p.detach().clone() for k, p in parameters.items()}
-    optimizer.step()
-    still = [k for k, p in parameters.items() if torch.equal(before[k], p)]
-    assert not still, f"the step moved nothing in {still}"
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(before[name])
-    model.load_state_dict(case.plain.state_dict(), strict=True)
-    model.zero_grad()
-    model.eval()
+    try:
+        torch.optim.Adam(model.parameters(), lr=1e-3, eps=1e-12).step()
+        still = [k for k, p in parameters.items() if torch.equal(before[k], p)]
+        assert not still, f"the step moved nothing in {still}"
+    finally:
+        model.load_state_dict({**case.plain.state_dict(), **before}, strict=True)
+        model.zero_grad()
+        model.eval()
 
 
 def gradient_parts(
