@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMM := .venv-timm
 
-.PHONY: demo test zoo properties test-timm lint clean
+.PHONY: demo test test-long zoo properties test-timm lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -13,6 +13,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 # Every check of every architecture; the table is written also where a check fails.
 zoo: $(STAMP)

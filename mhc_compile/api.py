@@ -136,11 +136,13 @@ def find_residuals(model: nn.Module, example_inputs: Any = None) -> ResidualSite
     _require_module(model)
     refuse_transformed(model)
     refuse_native(model)
-    with unchanged_on_error(model), _evaluation(model), rehearsed(model):
-        inputs = resolve_inputs(model, example_inputs)
-        recording = record_forward(model, *inputs)
-        plan, _ = prepare_blocks(model, recording, MHCConfig(), inputs, strict=False)
-        return ResidualSites(plan.sites)
+    with unchanged_on_error(model), _evaluation(model):
+        with rehearsed(model):
+            inputs = resolve_inputs(model, example_inputs)
+            recording = record_forward(model, *inputs)
+        with rehearsed(model):
+            plan, _ = prepare_blocks(model, recording, MHCConfig(), inputs, strict=False)
+            return ResidualSites(plan.sites)
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -77,11 +78,12 @@ def _other_way(flow: Flow) -> list[Candidate]:
 
 
 def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flow, list[fx.Node]]:
+    _note_tuples(graph)
     flow, nodes, index_of = Flow(), list(graph.nodes), {}
     for index, node in enumerate(nodes):
         index_of[node] = index
         value = node.meta.get("value")
-        tensor = value if isinstance(value, Tensor) else None
+        tensor = _carried(value)
         name = _name(node)
         operands = [n for n in _tensor_arguments(node)]
         heavy = is_heavy_name(name) or _is_opaque(node)
@@ -95,17 +97,55 @@ def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flo
             noop = isinstance(block.get_submodule(str(node.target)), nn.Identity)
         flow.ops.append(Op(
             index, name,
-            () if _is_size(value) else tuple(index_of[n] for n in node.all_input_nodes),
+            () if _is_size(value) else tuple(index_of[n] for n in _read_nodes(node, name)),
             tuple(None if _is_vector(n) else index_of[n] for n in operands),
             tuple(tuple(n.meta["value"].shape) for n in operands),
             tuple(tensor.shape) if tensor is not None else (),
             tensor is not None and tensor.is_floating_point(), heavy, noop,
-            source=node.meta.get("source"), fixed=node.op == "get_attr" or is_fixed,
+            source=node.meta.get("source"), weights=_weights(node, block),
+            fixed=node.op == "get_attr" or is_fixed,
         ))  # fmt: skip
         if node.op == "output":
             flow.outputs.add(index)
     flow.finish()
     return flow, nodes
+
+
+def _note_tuples(graph: fx.Graph) -> None:
+    """Gives nodes that return several tensors their values, which stand at the parts alone."""
+    for node in graph.nodes:
+        users = list(node.users)
+        parts = [u.meta.get("value") for u in users if u.target is operator.getitem]
+        if "value" not in node.meta and parts and len(parts) == len(users):
+            if all(isinstance(part, Tensor) for part in parts):
+                node.meta["value"] = tuple(parts)
+
+
+def _carried(value: Any) -> Tensor | None:
+    """The tensor that a node gives, of several (all floating-point) the first."""
+    if isinstance(value, tuple | list) and value and not _is_size(value):
+        if all(isinstance(v, Tensor) and v.is_floating_point() for v in value):
+            return _carried(value[0])
+    return value if isinstance(value, Tensor) else None
+
+
+def _read_nodes(node: fx.Node, name: str) -> list[fx.Node]:
+    """The inputs whose values, and not their sizes alone, a node reads."""
+    if name in ("expand_as", "view_as", "reshape_as", "type_as"):
+        return node.all_input_nodes[:1]
+    if name.endswith("_like") or name.startswith("new_"):
+        return []
+    return node.all_input_nodes
+
+
+def _weights(node: fx.Node, block: nn.Module) -> tuple[object, ...]:
+    """What identifies the parameters that a node holds."""
+    if node.op == "get_attr":
+        return (node.target,) if isinstance(node.meta.get("value"), nn.Parameter) else ()
+    if node.op == "call_module":
+        module = block.get_submodule(str(node.target))
+        return (node.target,) if next(module.parameters(), None) is not None else ()
+    return ()
 
 
 def _is_opaque(node: fx.Node) -> bool:

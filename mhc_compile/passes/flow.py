@@ -25,6 +25,8 @@ HEAVY = (
     "_weight_int", "cumsum", "flex_attention",
     # Not heavy, but the result is another sequence, into which a stream is written.
     "masked_scatter", "index_put", "scatter", "index_copy", "index_add",
+    # Mixes tokens, as FNet does.
+    "fft",
 )  # fmt: skip
 NOOPS = frozenset({
     "view", "reshape", "_unsafe_view", "alias", "detach", "clone", "_to_copy", "to", "float",
@@ -46,7 +48,8 @@ REFUSED_ADDS = {
     **dict.fromkeys(("scatter_add", "scatter_add_", "index_add", "index_add_"), _SOME_TOKENS),
 }
 """Operations that add to their first operand in a way that is refused, with the reason."""
-_STRUCTURE = frozenset({"slice", "select", "cat", "concat", "narrow", "index_select", "gather"})
+PARTIAL = frozenset({"slice", "select", "narrow", "index_select", "gather", "getitem"})
+_STRUCTURE = PARTIAL | {"cat", "concat", "concatenate"}
 _WALK = 8  # scales and casts between a state and the add that it enters
 
 

@@ -137,14 +137,15 @@ def _trailing(
         """What a node calls, whichever module of that class or line it is."""
         if node.op == "call_module":
             return node.op, type(work.block.get_submodule(str(node.target))).__qualname__
-        return node.op, target_name(node)
+        constants = [a for a in node.args if not isinstance(a, fx.Node)]
+        return node.op, f"{target_name(node)}{constants}"
 
     patterns = {tuple(map(label, site.link)) for site in work.sites} - {()}
     for stop in reversed(flow.between(last, len(nodes) - 1)):
         link = _link(flow, {last}, stop)
-        if not link or link[-1] != stop:
-            continue
         node = nodes[stop]
+        if not link or link[-1] != stop or not isinstance(node.meta.get("value"), Tensor):
+            continue
         if tuple(label(nodes[i]) for i in link) in patterns:
             return link
         if len(link) == 1 and node.op == "call_module":

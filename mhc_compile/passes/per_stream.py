@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from mhc_compile.runtime.reference import stack_parts
+
 _PER_ELEMENT = frozenset({
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach",
     "dropout", "clamp", "clip", "nan_to_num", "tanh", "neg", "alias",
@@ -58,6 +60,9 @@ def lift_node(block: nn.Module, node: fx.Node, streams: set[fx.Node], n: int) ->
     Returns:
         The node that holds the n-stream result, None if there is none.
     """
+    sources = [n for n in node.all_input_nodes if n in streams]
+    if isinstance(sources[0].meta.get("value"), tuple | list):
+        return node  # a part of a tuple of n-stream tensors
     if is_per_stream(block, node):
         for other in list(node.all_input_nodes):
             value = other.meta.get("value")
@@ -68,7 +73,8 @@ def lift_node(block: nn.Module, node: fx.Node, streams: set[fx.Node], n: int) ->
                 node.replace_input_with(other, axis)
         return node
     value = node.meta.get("value")
-    if not isinstance(value, Tensor) or value.dim() == 0 or node.meta.get("in_place"):
+    parts = value if isinstance(value, tuple | list) else (value,)
+    if node.meta.get("in_place") or not all(isinstance(v, Tensor) and v.dim() for v in parts):
         return None
     results = []
     graph = node.graph
@@ -82,7 +88,10 @@ def lift_node(block: nn.Module, node: fx.Node, streams: set[fx.Node], n: int) ->
                     # A view of one stream need not exist: its rows lie n * C apart.
                     single[source] = graph.call_method("contiguous", (one,))
             results.append(graph.node_copy(node, partial(_replaced, single)))
-        stacked = graph.call_function(torch.stack, (results, -2))
+        if isinstance(value, Tensor):
+            stacked = graph.call_function(torch.stack, (results, -2))
+        else:
+            stacked = graph.call_function(stack_parts, (results,))
     stacked.meta.update({k: v for k, v in node.meta.items() if k in ("source", "value")})
     node.replace_all_uses_with(stacked)
     graph.erase_node(node)

@@ -161,7 +161,8 @@ def _watched(frame: types.FrameType, code: types.CodeType) -> Iterator[_Watched]
                 for key in stored["STORE_ATTR"] & set(vars(value)):
                     before = vars(value)[key]
                     yield _Watched(f"{name}.{key}", "attribute", code, value, key, before)
-    for name in code.co_freevars:
+    # A comprehension's free variables are locals of the function around it, or watched there.
+    for name in () if code.co_name.startswith("<") else code.co_freevars:
         value = frame.f_locals.get(name)
         if builtins.isinstance(value, _CONTAINERS) and len(value) < _MOST:
             yield _Watched(name, "container", code, None, name, value, _copy(value))

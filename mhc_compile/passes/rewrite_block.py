@@ -126,6 +126,8 @@ def _lift(work: BlockGraph, node: fx.Node) -> fx.Node:
     if lifted is not node:
         work.replaced[node] = lifted
     work.streams.add(lifted)
+    if isinstance(lifted.meta.get("value"), tuple | list):
+        work.streams.update(u for u in lifted.users if u.target is operator.getitem)
     return lifted
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mhc_compile.passes.flow import Candidate, Flow, bits_of, branch_bits
+from mhc_compile.passes.flow import PARTIAL, Candidate, Flow, bits_of, branch_bits
 
 
 def link_streams(
@@ -10,8 +10,9 @@ def link_streams(
 ) -> tuple[list[list[int]], dict[int, int]]:
     """Joins candidates whose skip comes from another one through light operations alone.
 
-    A sum of two states of one stream, such as `a * x + b * x0`, is a link and no candidate. Where
-    a state starts two streams, both are streams of their own.
+    A sum of two states of one stream, such as `a * x + b * x0`, is a link and no candidate, and so
+    is one whose branch has neither a weight nor a matmul, such as `x - mean(x)` (where others
+    have). Where a state starts two streams, both are streams of their own.
 
     Returns:
         The chains, each a list of candidate indices in execution order, and for each candidate
@@ -19,8 +20,12 @@ def link_streams(
     """
     bits = {index: branch_bits(flow, candidate) for index, candidate in candidates.items()}
     previous: dict[int, int] = {}
-    links: dict[int, Candidate] = {}
+    weighty = flow.heavy | sum(1 << op.index for op in flow.ops if op.weights)
+    idle = {i: candidates[i] for i, region in bits.items() if not region & weighty}
+    links: dict[int, Candidate] = idle if len(idle) < len(candidates) else {}
     for index, candidate in candidates.items():
+        if index in links:
+            continue
         if _rejoins(flow, candidates, bits, previous, links, candidate):
             links[index] = candidate
             continue
@@ -68,10 +73,18 @@ def _joins_another(flow: Flow, state: int, stop: int) -> bool:
     for i in (*bits_of(flow.bits_between(state, stop)), stop):
         op = flow.ops[i]
         if op.name in ("cat", "concat", "concatenate") and any(
-            j != state and not flow.reads(j, state) and not flow.ops[j].fixed for j in op.inputs
-        ):
+            j != state and not flow.reads(j, state) and not flow.ops[j].fixed
+            and not flow.reads(state, _whole(flow, j)) for j in op.inputs
+        ):  # fmt: skip
             return True
     return False
+
+
+def _whole(flow: Flow, index: int) -> int:
+    """The value of which a slice or view shows a part."""
+    while flow.ops[index].inputs and (flow.ops[index].noop or flow.ops[index].name in PARTIAL):
+        index = flow.ops[index].inputs[0]
+    return index
 
 
 def _rejoins(

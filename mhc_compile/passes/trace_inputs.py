@@ -43,7 +43,8 @@ class ArgumentContainers:
         """The containers that the forward has changed."""
         writes = []
         for path, container, before in self.found:
-            now = children(container) or list(vars(container).items())
+            found = children(container)  # an empty list has children too: none
+            now = list(vars(container).items()) if found is None else found
             same = len(now) == len(before) and all(
                 a[0] == b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True)
             )

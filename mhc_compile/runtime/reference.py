@@ -461,6 +461,22 @@ def expand_streams(x: Tensor, n: int) -> Tensor:
     return x.unsqueeze(-2).repeat(*[1] * (x.dim() - 1), n, 1)
 
 
+def stack_parts(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Stacks the parts that a function gave for each stream: `[..., C]` to `[..., n, C]`.
+
+    Args:
+        results: one tuple a stream.
+
+    Returns:
+        One tensor a part, streams in its last axis but one.
+
+    Example:
+        >>> stack_parts([(torch.ones(2),), (torch.zeros(2),)])[0].tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
+    """
+    return tuple(torch.stack(parts, -2) for parts in zip(*results, strict=True))
+
+
 def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None = None) -> Tensor:
     """Collapses the residual streams to one hidden state.
 

@@ -631,6 +631,34 @@ class TwoTowers(Model):
         return self.head(a * b.sigmoid())
 
 
+class Decomposed(Model):
+    """Autoformer: a moving average is split off between the sublayers; both parts go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = Split()
+
+    def forward(self, x):
+        total = 0
+        for f in self.f:
+            x, trend = self.parts(x + f(x))
+            total = total + trend
+        return self.head(x) + total.mean()
+
+    def by_hand(self, loop, x):
+        streams, total = [x] * N, 0
+        for k, f in enumerate(self.f):
+            streams, trends = zip(*map(self.parts, loop.step(f"mhc.{k}", streams, f)), strict=True)
+            total = total + sum(trends) / N
+        return self.head(loop.collapse("mhc", streams)) + total.mean()
+
+
+class Split(nn.Module):
+    def forward(self, x):
+        trend = torch.nn.functional.avg_pool1d(x.mT, 3, 1, 1).mT
+        return x - trend, trend
+
+
 class Joined(Model):
     """Two streams are concatenated and go on as a third one, as in Flux."""
 
@@ -676,7 +704,7 @@ PATTERNS = (
     Pattern(Squeezed, (2,)), Pattern(Reversible, (2, 2)), Pattern(Packed, (3,)),
     Pattern(AverageOfStates, (3,)), Pattern(ReadTwice, (4,)), Pattern(ScaledByModule, (4,)),
     Pattern(CubicHead, (4,)), Pattern(Joined, (2, 2, 2)), Pattern(Lerps, (2,)), Pattern(Sums, (4,)),
-    Pattern(TwoTowers, (2, 2)),
+    Pattern(TwoTowers, (2, 2)), Pattern(Decomposed, (4,)),
 )  # fmt: skip
 by_name = pytest.mark.parametrize("pattern", PATTERNS, ids=[p.model.__name__ for p in PATTERNS])
 

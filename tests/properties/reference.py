@@ -34,7 +34,7 @@ def open_readings(spec):
         # Nothing tells a post-norm behind a single site, or a norm that some skips start from,
         # from a model's final norm, if the stream ends there.
         between = [norm == "post" or after == "before" for norm, after in pairwise(norms)]
-        unclear = not between or len(set(between)) > 1
+        unclear = not between or not all(between)
         trailing = norms[-1] == "post" and (unclear or stack.hook == "halve")
         ends = stack is spec.stacks[-1] and spec.topology in ("single", "encdec", "stages")
         headed = ends and spec.head in ("norm", "logits") and (unclear and any(between))

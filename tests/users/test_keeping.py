@@ -86,6 +86,7 @@ def _in_another_process(model, ids, pipe):
     pipe.send(result(model, {"input_ids": ids}).tolist())
 
 
+@pytest.mark.long
 def test_a_spawned_process_gets_the_model():
     model, inputs = transformed("gpt2")
     context = torch.multiprocessing.get_context("spawn")

@@ -65,7 +65,9 @@ def transformed(name, seed=0, dropout=0.0, streams=3, moved=True):
     """A transformed model whose connections depend on their input, and inputs for it."""
     kind = KINDS[name]
     model = kind.build(seed, dropout)
-    mc.transform(model, streams=streams, example_inputs=kind.inputs())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # for phi
+        mc.transform(model, streams=streams, example_inputs=kind.inputs())
     return (perturb(model) if moved else model), kind.inputs(seed=seed + 1)
 
 

@@ -203,17 +203,20 @@ OWN = (
         "Conformer block", lambda: own.Stack(own.ConformerBlock), ids, (8,),
         "2 blocks: half MLP, attention, convolution, half MLP; the norm is on the stream",
     ),
-    entry("lerp", lambda: own.Stack(own.LerpBlock), ids, (4,), TWO_BLOCKS + ": (1 - w) x + w F(x)"),
-    entry("sum of a list", lambda: own.Stack(own.SummedListBlock), ids, (4,), TWO_BLOCKS),
+    entry("lerp", lambda: own.Stack(own.LerpBlock), ids, (4,), TWO_BLOCKS + ": (1 - w) x + w F(x)",
+          no_reference="it has no counterpart of lerp"),
+    entry("sum of a list", lambda: own.Stack(own.SummedListBlock), ids, (4,), TWO_BLOCKS,
+          no_reference="the add is inside Python's sum"),
     entry(
         "add inside a matrix product", lambda: own.Stack(own.FusedProductBlock), ids, (2,),
         "2 blocks; the MLP's residual goes into addmm and stays plain",
         refused=("fused matrix product", 2),
+        no_reference="streams end at each refused add",
     ),
     entry(
         "mixture of depths",
-        lambda: own.Stack(lambda i: own.SomeTokensBlock() if i == 1 else Block(), depth=3), ids,
-        (4,), "2 plain blocks around one that adds to some tokens only",
+        lambda: own.Stack(lambda i: own.SomeTokensBlock() if i == 1 else Block(), depth=2), ids,
+        (2,), "a plain block before one that adds to some tokens only",
         refused=("tokens", 1),
     ),
     entry(
@@ -256,6 +259,17 @@ def hugging_face(name, config, **kwargs):
 
 def vision(name, make, inputs, sites, why, result=first, **kwargs):
     return entry(name, make, inputs, sites, why, result, "vision", **kwargs)
+
+
+def dpt():
+    model = hugging_face(
+        "DPTForDepthEstimation", "DPTConfig", **{**IMAGE, "num_hidden_layers": 4},
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16, is_hybrid=False,
+    )()  # fmt: skip
+    with torch.no_grad():  # depths end in a ReLU, which may be 0 everywhere
+        model.head.head[-2].bias.fill_(3.0)
+    return model
 
 
 VISION = (
@@ -346,11 +360,7 @@ VISION = (
     ),
     vision(
         "DPT",
-        hugging_face(
-            "DPTForDepthEstimation", "DPTConfig", **{**IMAGE, "num_hidden_layers": 4},
-            backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 16, 16],
-            fusion_hidden_size=16, is_hybrid=False,
-        ),
+        dpt,
         images(16), (8,),
         "4 layers, all read by the neck; its 4 fusion layers hold 1 + 3 x 2 residual units of "
         "convolutions",
@@ -437,9 +447,10 @@ VISION = (
             "TimesformerModel", "TimesformerConfig", **IMAGE, num_frames=2,
         ),
         lambda batch=2, length=8, seed=0: {"pixel_values": normal(batch, 2, 3, 16, 16, seed=seed)},
-        (6,),
-        "2 layers: temporal attention on all but the class token, spatial attention on a state "
-        "put together again, MLP",
+        (1, 1),
+        "2 layers, an MLP in each; the temporal attention is added to all but the class token, the "
+        "spatial one to a state put together anew, which is refused",
+        refused=("cut or joined", 4),
     ),
     vision(
         "Segment Anything",
@@ -1132,10 +1143,10 @@ SERIES = (
         lambda batch=2, length=8, seed=0: {
             "inputs_embeds": normal(batch, length, 3, seed=seed),
         },
-        (10,),
-        "2 layers: attention, MLP; x - average(x) has the form of a residual too: a moving average "
-        "behind each, and the mean in the last norm",
-        last,
+        (4,),
+        "2 layers: attention, MLP; x - average(x) behind each holds no weight and acts on each "
+        "stream by itself",
+        last, no_reference="the moving average returns two parts of the stream",
     ),
     series(
         "Decision Transformer",
