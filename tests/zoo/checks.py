@@ -88,7 +88,7 @@ class Case:
     def close(self, what: str, got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
         assert got.shape == wanted.shape, what
         scale = float(wanted.detach().abs().max())
-        difference = float((got - wanted).abs().max()) / scale
+        difference = float((got - wanted).detach().abs().max()) / scale
         self.measured[what] = max(difference, self.measured.get(what, 0.0))
         limit = tolerance * self.entry.loose
         assert difference <= limit, f"{what}: differs by {difference:.2g}, allowed {limit:.2g}"
