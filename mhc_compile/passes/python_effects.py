@@ -88,11 +88,16 @@ class PythonEffects:
 
     def __enter__(self) -> PythonEffects:
         self.previous = sys.getprofile()
+        # A collection would run callbacks and finalisers, which are no part of the traced code.
+        self.collects = gc.isenabled()
+        gc.disable()
         sys.setprofile(self._on_event)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(self.previous)
+        if self.collects:
+            gc.enable()
         for watched in self.found:
             if watched.changed():
                 watched.restore()

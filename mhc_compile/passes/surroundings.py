@@ -53,9 +53,9 @@ def _check_ends(module: nn.Module) -> None:
 
 
 def _rewrite(module: nn.Module, name: str) -> BlockRewrite:
-    found = rewrite_of(module.get_submodule(name))
-    assert found is not None
-    return found
+    # The block may stand in a wrapper by now, such as torch's for activation checkpointing.
+    inside = module.get_submodule(name).modules()
+    return next(found for m in inside if (found := rewrite_of(m)) is not None)
 
 
 def _collapsed(value: Any) -> Any:

@@ -391,3 +391,26 @@ def test_streams_in_containers(model, block):
         torch.testing.assert_close(rewritten(idx), original(idx), **TOLERANCE)
     perturb(rewritten)
     assert (rewritten(idx) - original(idx)).abs().max() > 1e-3
+
+
+def test_the_garbage_collector_may_run_at_any_time():
+    """Its callbacks, such as those of profilers, are no part of the traced code."""
+    import gc
+
+    def callback(phase, info):
+        global COLLECTIONS
+        COLLECTIONS += 1
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(callback)
+    gc.set_threshold(1, 1, 1)
+    try:
+        mc.transform(NanoGPT(), streams=2)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(callback)
+    assert COLLECTIONS > 0
+    assert gc.isenabled()
+
+
+COLLECTIONS = 0

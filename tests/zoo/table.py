@@ -85,7 +85,8 @@ def render(entries: tuple[Entry, ...]) -> str:
 def stated_in(text: str) -> list[tuple[str, str]]:
     """`(model, sites)` of every row of a rendered table."""
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
-    return [(row[0].strip(), row[1].strip()) for row in rows if len(row) == 6][0:]
+    cells = [(row[0].strip(), row[1].strip()) for row in rows if len(row) == 6]
+    return [cell for cell in cells if cell != ("model", "sites")]
 
 
 def main() -> int:
