@@ -19,7 +19,7 @@ from oracle import mhc_maps
 from torch.overrides import TorchFunctionMode
 
 ADDS = {"add", "add_", "__add__", "__iadd__", "__radd__", "sub", "sub_", "__sub__", "__isub__"}
-ADDCMULS = {"addcmul", "addcmul_"}
+ADDCMULS = {"addcmul", "addcmul_", "lerp", "lerp_"}
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 SAME_VALUE = {
     "to", "float", "double", "half", "bfloat16", "type_as", "type", "view", "reshape", "contiguous",
@@ -233,7 +233,9 @@ class Plan:
 
     def _behind(self, node, steps=1 << 30):
         """The value behind casts, views, and scaling by a number or a parameter."""
-        while steps and self.nodes[node].name in SAME_VALUE | SCALES:
+        while steps and self.nodes[node].name in SAME_VALUE | SCALES | {"__radd__"}:
+            if self.nodes[node].name == "__radd__" and len(self.nodes[node].parents) > 1:
+                break  # sum() starts with 0 + x
             made = [p for p in self.nodes[node].parents if self.nodes[p].ancestors]
             made = made or self.nodes[node].parents[:1]
             if len(made) != 1:
@@ -494,10 +496,12 @@ class Lockstep(Calls):
 
     def mix(self, site, name, args, kwargs):
         """x'_i = sum_j res_ij x_j + post_i F, with F in whichever form the add has it."""
-        x = next(t for t in args if type(t) is Streams)
+        x, scale = next(t for t in args if type(t) is Streams), 1
         if name in ADDCMULS:
             assert x is args[0]
             f = args[1] * args[2] * kwargs.get("value", 1)
+            if "lerp" in name:
+                scale = 1 - args[2]
         else:
             f = next((t for t in args if type(t) is not Streams), kwargs.get("other"))
             f = f * kwargs.get("alpha", 1)
@@ -509,7 +513,7 @@ class Lockstep(Calls):
             f = f + x.branch
         _, post, res = self.coefficients(site, x)
         return [
-            sum(r.unsqueeze(-1) * s for r, s in zip(row, x.streams, strict=True))
+            scale * sum(r.unsqueeze(-1) * s for r, s in zip(row, x.streams, strict=True))
             + p.unsqueeze(-1) * f
             for row, p in zip(res, post, strict=True)
         ]

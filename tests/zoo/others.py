@@ -203,8 +203,7 @@ OWN = (
         "Conformer block", lambda: own.Stack(own.ConformerBlock), ids, (8,),
         "2 blocks: half MLP, attention, convolution, half MLP; the norm is on the stream",
     ),
-    entry("lerp", lambda: own.Stack(own.LerpBlock), ids, (4,), TWO_BLOCKS + ": (1 - w) x + w F(x)",
-          no_reference="it has no counterpart of lerp"),
+    entry("lerp", lambda: own.Stack(own.LerpBlock), ids, (4,), TWO_BLOCKS + ": (1 - w) x + w F(x)"),
     entry("sum of a list", lambda: own.Stack(own.SummedListBlock), ids, (4,), TWO_BLOCKS,
           no_reference="the add is inside Python's sum"),
     entry(
