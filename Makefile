@@ -3,18 +3,34 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TIMM := .venv-timm
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long zoo properties test-timm lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(BIN)/python examples/train_text.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
+
+# Every check of every architecture; the table is written also where a check fails.
+zoo: $(STAMP)
+	rm -rf out/zoo
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m zoo tests/zoo || failed=1; \
+	$(BIN)/python tests/zoo/table.py && test -z "$$failed"
+
+# DRAWS random transformers (`make test` draws 200); MHC_TEST_SEED=7 draws anew.
+properties: DRAWS ?= 2000
+properties: $(STAMP)
+	MHC_PROPERTY_DRAWS=$(DRAWS) $(BIN)/python -m pytest -n 2 --dist worksteal tests/properties
+
+# Not part of `make test`: some 6 GB, because timm needs a torchvision that fits its torch.
+test-timm: $(TIMM)/.installed
+	$(TIMM)/bin/python -m pytest tests/timm_models
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -30,5 +46,11 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt --no-build-isolation -e ".[dev]"
 	touch $(STAMP)
 
+$(TIMM)/.installed: pyproject.toml constraints-timm.txt
+	test -x $(TIMM)/bin/python || $(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-timm.txt torch torchvision timm setuptools
+	$(TIMM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-timm.txt --no-build-isolation -e ".[dev]"
+	touch $(TIMM)/.installed
+
 clean:
-	rm -rf $(VENV) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TIMM) build out *.egg-info .pytest_cache .mypy_cache .ruff_cache

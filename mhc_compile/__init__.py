@@ -10,8 +10,9 @@ from mhc_compile.api import (
 )
 from mhc_compile.config import MHCConfig
 from mhc_compile.conventions import CONVENTIONS, Convention
+from mhc_compile.deepseek_v4 import deepseek_v4_config, export_checkpoint, import_checkpoint
 from mhc_compile.errors import MHCError
-from mhc_compile.passes.find_residuals import ResidualSite
+from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.pretrained import load_pretrained, save_pretrained
 from mhc_compile.report import StabilityReport, stability
 from mhc_compile.runtime import reference
@@ -28,8 +29,11 @@ __all__ = [
     "ResidualSite",
     "StabilityReport",
     "collapse_streams",
+    "deepseek_v4_config",
     "expand_streams",
+    "export_checkpoint",
     "find_residuals",
+    "import_checkpoint",
     "is_transformed",
     "load_pretrained",
     "mhc_parameters",

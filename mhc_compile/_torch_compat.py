@@ -20,6 +20,7 @@ __all__ = [
     "WeakIdKeyDictionary",
     "WeakIdRef",
     "autocast_state",
+    "compiled_module",
     "force_eager",
     "is_internal",
     "no_nested_tensor_fastpath",
@@ -89,12 +90,26 @@ def force_eager() -> Iterator[None]:
         yield
 
 
+def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """What `torch.compile(module)` wraps, None for other modules.
+
+    The wrapper calls it by a method that was bound before anything could be patched.
+    """
+    if type(module).__name__ != "OptimizedModule":
+        return None
+    inner = module._modules.get("_orig_mod")
+    return inner
+
+
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested tuples, lists and mappings, in order."""
+    """The tensors in nested tuples, lists, mappings and dataclass objects, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict) or hasattr(value, "items"):
         return [t for v in dict(value.items()).values() for t in tensor_leaves(v)]
     if isinstance(value, tuple | list):
         return [t for v in value for t in tensor_leaves(v)]
+    if hasattr(type(value), "__dataclass_fields__") and not isinstance(value, torch.nn.Module):
+        names = type(value).__dataclass_fields__
+        return [t for name in names for t in tensor_leaves(getattr(value, name, None))]
     return []

@@ -19,27 +19,30 @@ from mhc_compile.errors import (
     UnsupportedResidualError,
 )
 from mhc_compile.passes.example_inputs import Inputs, resolve_inputs
-from mhc_compile.passes.find_residuals import Plan, ResidualSite, plan_rewrite
+from mhc_compile.passes.find_residuals import plan_rewrite
 from mhc_compile.passes.install_blocks import (
     ATTRIBUTE,
     BlockRewrite,
     install_block,
-    prepare_block,
     refuse_transformed,
     rewritten_blocks,
     uninstall_block,
 )
 from mhc_compile.passes.native import refuse_native
 from mhc_compile.passes.note_config import forget_in_config, note_in_config
-from mhc_compile.passes.record import patched_module_call, record_forward
+from mhc_compile.passes.plan import Plan, ResidualSite, ResidualSites
+from mhc_compile.passes.prepare_blocks import ask_once, prepare_blocks
+from mhc_compile.passes.record import Recording, record_forward
 from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings
-from mhc_compile.passes.undo import rehearsed, unchanged_on_error
+from mhc_compile.passes.undo import rehearsed, remember_random_state, unchanged_on_error
 
 STEP0_TOLERANCE = 1e-3
 """Largest step-0 difference, relative to the output's range, that `transform` lets pass.
 
-A right rewrite in float32 stays below 1e-6; bfloat16 rounds each sum of streams to 4e-3, so the
-check only runs for parameters of 32 bits and more."""
+A right rewrite in float32 stays below 1e-6; results with fewer bits are not compared."""
+REDUCED_TOLERANCE = 0.05
+"""The same where a float32 result was computed with fewer bits inside: bfloat16 rounds to 4e-3, and
+sums of streams differ from the plain state in their last bit, which may round the other way."""
 
 
 def transform(
@@ -85,31 +88,41 @@ def transform(
     _require_module(model)
     refuse_transformed(model)
     refuse_native(model)
+    filter_fn = ask_once(filter_fn)
     with unchanged_on_error(model):
         with _evaluation(model), rehearsed(model):
             inputs = resolve_inputs(model, example_inputs)
+            same_random_state = remember_random_state(model)
             recording = record_forward(model, *inputs)  # record
-            plan = plan_rewrite(recording, filter_fn)  # find
+            _check_plan(model, plan_rewrite(recording, filter_fn), strict)  # find
+        with _evaluation(model), rehearsed(model):
+            same_random_state()
+            plan, rewrites = prepare_blocks(  # trace .. read
+                model, recording, config, inputs, filter_fn, strict=strict
+            )
             _check_plan(model, plan, strict)
-            rewrites = _rewrite_blocks(model, plan, config, inputs)  # trace .. check
         for name, rewrite in rewrites.items():
             install_block(model.get_submodule(name), rewrite)  # install
         hook_surroundings(model, plan.blocks)
         with _evaluation(model), rehearsed(model):
-            _check_step0(model, config, inputs, recording.result)
+            same_random_state()
+            _check_step0(model, config, inputs, recording)
         note_in_config(model, config, [site.name for site in sites_of(model)])
     return model
 
 
-def find_residuals(model: nn.Module, example_inputs: Any = None) -> list[ResidualSite]:
+def find_residuals(model: nn.Module, example_inputs: Any = None) -> ResidualSites:
     """Lists the residual adds of a model: what `transform` would rewrite and would refuse.
 
+    Each block is traced and rewritten on the side, so that a refusal shows here already. `print`
+    shows the list as a table with the reasons.
+
     Args:
-        model: any module; it is run once and not changed.
+        model: any module; it is run twice and not changed.
         example_inputs: as for `transform`.
 
     Returns:
-        One site a residual add, in execution order within each stream.
+        One site a residual add, in execution order within each stream; a list.
 
     Raises:
         ExampleInputsError: the model does not run on the inputs, or none can be derived.
@@ -123,9 +136,13 @@ def find_residuals(model: nn.Module, example_inputs: Any = None) -> list[Residua
     _require_module(model)
     refuse_transformed(model)
     refuse_native(model)
-    with unchanged_on_error(model), _evaluation(model), rehearsed(model):
-        recording = record_forward(model, *resolve_inputs(model, example_inputs))
-        return list(plan_rewrite(recording).sites)
+    with unchanged_on_error(model), _evaluation(model):
+        with rehearsed(model):
+            inputs = resolve_inputs(model, example_inputs)
+            recording = record_forward(model, *inputs)
+        with rehearsed(model):
+            plan, _ = prepare_blocks(model, recording, MHCConfig(), inputs, strict=False)
+            return ResidualSites(plan.sites)
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -264,43 +281,13 @@ def _check_plan(model: nn.Module, plan: Plan, strict: bool) -> None:
     )
 
 
-def _rewrite_blocks(
-    model: nn.Module, plan: Plan, config: MHCConfig, inputs: Inputs
-) -> dict[str, BlockRewrite]:
-    """Runs the model again; each block is traced and rewritten on the arguments it gets."""
-    plans = {id(model.get_submodule(block.name)): block for block in plan.blocks}
-    rewrites: dict[str, BlockRewrite] = {}
-
-    def on_call(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        block = plans.pop(id(module), None)
-        if block is not None:
-            with _original_module_call(call):
-                rewrites[block.name] = prepare_block(module, block, config, args, kwargs)
-        return call(module, *args, **kwargs)
-
-    args, kwargs = inputs
-    with torch.no_grad(), patched_module_call(on_call):
-        model(*args, **kwargs)
-    if plans:
-        missing = ", ".join(repr(p.name) for p in plans.values())
-        raise UnsupportedResidualError(
-            f"blocks {missing} ran when the model was recorded but not in a second run; transform "
-            "needs a forward that takes the same way twice in evaluation mode"
-        )
-    return rewrites
-
-
-def _original_module_call(call: Callable[..., Any]) -> Any:
-    """Tracing patches module calls itself, so it must find the unpatched ones."""
-    return patched_module_call(lambda _, module, args, kwargs: call(module, *args, **kwargs))
-
-
-def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, before: Any) -> None:
+def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, recording: Recording) -> None:
     """Runs the rewritten model and compares it with the recorded result."""
+    tolerance = REDUCED_TOLERANCE if recording.reduced else STEP0_TOLERANCE
     args, kwargs = inputs
     with torch.no_grad():
         after = model(*args, **kwargs)
-    wanted, got = tensor_leaves(before), tensor_leaves(after)
+    wanted, got = tensor_leaves(recording.result), tensor_leaves(after)
     if len(wanted) != len(got):
         raise MHCError(
             f"the rewritten {type(model).__name__} returns {len(got)} tensors instead of "
@@ -314,14 +301,14 @@ def _check_step0(model: nn.Module, config: MHCConfig, inputs: Inputs, before: An
             )
         exact = a.is_floating_point() and a.element_size() >= 4 and a.device.type != "meta"
         if exact and config.init == "preserve":
-            _compare(model, a, b)
+            _compare(model, a, b, tolerance)
 
 
-def _compare(model: nn.Module, a: Tensor, b: Tensor) -> None:
+def _compare(model: nn.Module, a: Tensor, b: Tensor, tolerance: float) -> None:
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, torch.zeros_like(a), (a - b).abs()).max() if a.numel() else 0.0
     scale = max(1.0, float(a[a.isfinite()].abs().max()) if bool(a.isfinite().any()) else 1.0)
-    if not float(difference) <= STEP0_TOLERANCE * scale:
+    if not float(difference) <= tolerance * scale:
         raise MHCError(
             f"the rewritten {type(model).__name__} differs from the original by "
             f"{float(difference):.3g} at step 0, where init='preserve' promises equality; is its "

@@ -14,7 +14,7 @@ CONFIG_VERSION = 1
 MAX_STREAMS = 16
 CONNECTIONS = ("mhc", "hc")
 INITS = ("preserve", "paper")
-COLLAPSES = ("learned", "mean", "sum")
+COLLAPSES = ("learned", "mean", "sum", "head")
 _AXES = tuple(f.name for f in dataclasses.fields(Convention) if f.name != "name")
 
 
@@ -35,8 +35,9 @@ class MHCConfig:
             "paper" starts with the gates `alpha_init`, for training from scratch.
         sinkhorn_iters: Sinkhorn-Knopp iterations.
         collapse: how the streams become one after the last sublayer: "learned" (one weight per
-            stream), "mean" or "sum". "sum" multiplies the final state by n, so init="preserve"
-            starts from n-th parts.
+            stream), "mean", "sum" or "head" (DeepSeek-V4's, weights computed from the streams of
+            each token). "sum" multiplies the final state by n, so init="preserve" starts from
+            n-th parts.
 
     Raises:
         ConfigError: a field is out of range or two contradict each other.

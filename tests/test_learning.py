@@ -120,6 +120,7 @@ def test_the_last_res_map_learns_only_behind_unequal_collapse_weights():
 
     assert last_res(collapse="mean") < 1e-9
     assert last_res(collapse="learned") > 1e-4
+    assert last_res(collapse="head") > 1e-4
 
 
 def test_phi_is_random_and_alpha_is_zero():

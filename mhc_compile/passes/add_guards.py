@@ -6,14 +6,15 @@ from torch import Tensor, fx
 
 from mhc_compile.passes.flow import ADDS
 from mhc_compile.passes.trace_block import TracedBlock
-from mhc_compile.runtime.guards import check_value
+from mhc_compile.runtime.guards import check_value, opened_check
 
 
 def add_guards(traced: TracedBlock) -> None:
     """Writes the guards into the graph.
 
-    Those that depend on inputs alone go first, so that another graph can be tried before anything
-    has run; the rest is checked where the value appears.
+    Those on modules and their attributes come first, then those that depend on inputs alone, so
+    that another graph can be tried before anything has run; the rest is checked where the value
+    appears.
     """
     graph = traced.graph
     start = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
@@ -29,7 +30,10 @@ def add_guards(traced: TracedBlock) -> None:
             copies[node].meta["guard"] = True
         return copies[node]
 
-    for node, value, source in traced.guards:
+    _check_opened(traced, start)
+    attributes = [guard for guard in traced.guards if guard[0].op == "get_attr"]
+    others = [guard for guard in traced.guards if guard[0].op != "get_attr"]
+    for node, value, source in [*attributes, *others]:
         early = _depends_on_sizes_only(node)
         target = hoist(node) if early else node
         where = f"{source[0]}:{source[1]}" if source else "unknown source"
@@ -37,6 +41,20 @@ def add_guards(traced: TracedBlock) -> None:
         with context:
             check = graph.call_function(check_value, (target, value, where, early))
         check.meta["guard"] = early
+        if attributes and node is attributes[-1][0]:
+            # What is inserted after the last input goes behind these checks; nothing reads it.
+            with graph.inserting_before(start):
+                graph.get_attr("training").meta["value"] = False
+
+
+def _check_opened(traced: TracedBlock, start: fx.Node) -> None:
+    """Checks that submodules which were traced into are still of the same class."""
+    graph = traced.graph
+    nodes = {n.target: n for n in graph.nodes if n.op == "get_attr"}
+    for name, (kind, hooked, _) in traced.opened.items():
+        with graph.inserting_before(start):
+            check = graph.call_function(opened_check(kind), (nodes[name], hooked, name))
+        check.meta["effect"] = check.meta["guard"] = True
 
 
 def _size_source(reader: fx.Node, node: fx.Node) -> fx.Node:
@@ -62,6 +80,8 @@ def _same_size(node: fx.Node) -> fx.Node:
 
 
 def _depends_on_sizes_only(node: fx.Node) -> bool:
+    if node.meta.get("late") or node.meta.get("effect"):
+        return False
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op != "call_function" or isinstance(node.meta.get("value"), Tensor):

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mhc_compile.passes.containers import children
+
 LeafPath = tuple[str | int, ...]
 """Parameter name of forward, then keys into nested tuples, lists and dicts."""
 
@@ -25,20 +27,34 @@ def named_leaves(
     """
     names = positional_names(forward)
     bound: dict[str, Any] = dict(zip(names, args, strict=False))
-    yield from _leaves({**bound, **kwargs}, ())
+    yield from leaves_of({**bound, **kwargs}, ())
     for number, value in enumerate(args[len(names) :]):
-        yield from _leaves(value, ("*", number))
+        yield from leaves_of(value, ("*", number))
 
 
-def _leaves(value: Any, path: LeafPath) -> Iterator[tuple[LeafPath, Any]]:
-    if type(value) is dict:
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    elif type(value) in (tuple, list):
-        for number, item in enumerate(value):
-            yield from _leaves(item, (*path, number))
-    else:
+def leaves_of(value: Any, path: LeafPath) -> Iterator[tuple[LeafPath, Any]]:
+    """The parts of an argument with their paths; `path` is its own."""
+    parts = children(value)
+    if parts is None:
         yield path, value
+        return
+    for key, item in parts:
+        yield from leaves_of(item, (*path, key))
+
+
+def argument_at(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], path: LeafPath
+) -> Any:
+    """The argument, or part of one, at a path of `named_leaves`."""
+    names = positional_names(forward)
+    if path[0] == "*":
+        value, rest = args[len(names) + int(path[1])], path[2:]
+    else:
+        bound = dict(zip(names, args, strict=False))
+        value, rest = {**bound, **kwargs}[str(path[0])], path[1:]
+    for key in rest:
+        value = dict(children(value) or ())[key]
+    return value
 
 
 def is_open(name: object, value: Any, open_names: frozenset[str]) -> bool:

@@ -6,35 +6,51 @@ from typing import Any, cast
 
 from mhc_compile.passes.flow import Candidate, Flow, Op, branch_region
 
+REDUCTIONS = ("mean", "var_mean", "var")
 _RESHAPES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 
 
 def check_channel_axis(flow: Flow, candidate: Candidate) -> str:
-    """Follows the skip's last axis to the first norm, linear or convolution that consumes it.
+    """Follows the last axis of the residual add to the norms, linears and convolutions.
+
+    A reduction decides only if nothing else does: it is a hand-written norm, or pooling.
 
     Returns:
-        "" if that operation takes it for its channels (or none tells), else the reason to refuse.
+        "" if the first operation to tell takes it for its channels (or none tells), else the
+        reason to refuse.
     """
-    axis = {candidate.skip: len(flow.ops[candidate.skip].shape) - 1}
+    last = len(flow.ops[candidate.index].shape) - 1
+    axis = {candidate.operand: last}
+    for index in reversed(candidate.way):
+        for source in flow.ops[index].inputs[:1]:
+            moved = _moved_back(flow, flow.ops[index], source, axis.get(index))
+            if moved is not None:
+                axis[source] = moved
+    weak = ""
     for index in branch_region(flow, candidate):
         op = flow.ops[index]
-        source = next((i for i in op.inputs if i in axis), None)
-        if source is None:
+        source_axis = next(((i, axis[i]) for i in op.inputs if i in axis), None)
+        if source_axis is None:
             continue
+        source, channels = source_axis
         consumed = _consumed_axis(flow, op, source)
         if consumed is None:
-            moved = _moved_axis(flow, op, source, axis[source])
-            if moved is not None:
+            moved = _moved_axis(flow, op, source, channels)
+            if moved is not None and index not in axis:
                 axis[index] = moved
             continue
-        if consumed == axis[source]:
-            return ""
-        return (
+        reason = "" if consumed == channels else (
             f"its last axis is not the channel axis: {op.name} takes axis {consumed} of "
             f"{list(flow.ops[source].shape)} for the channels; mHC needs [..., C], so permute the "
             "stream to channels-last in the model"
-        )
-    return ""
+        )  # fmt: skip
+        if op.name not in REDUCTIONS:
+            return reason
+        # The axis that a hand-written norm reduces is one; pooling over tokens comes beside it.
+        weak = weak or reason
+        if not reason:
+            return ""
+    return weak
 
 
 def _consumed_axis(flow: Flow, op: Op, source: int) -> int | None:
@@ -46,7 +62,7 @@ def _consumed_axis(flow: Flow, op: Op, source: int) -> int | None:
     if name.startswith(("native_layer_norm", "fused_rms_norm", "rms_norm")):
         sizes = cast("tuple[int, ...] | None", op.detail)
         return dims - 1 if sizes is None or len(sizes) == 1 else None
-    if name in ("mean", "var_mean", "var"):
+    if op.name in REDUCTIONS:
         axes: Any = op.detail
         return axes[0] % dims if isinstance(axes, list | tuple) and len(axes) == 1 else None
     if name in ("mm", "addmm", "linear"):
@@ -55,9 +71,26 @@ def _consumed_axis(flow: Flow, op: Op, source: int) -> int | None:
     return None
 
 
+def _moved_back(flow: Flow, op: Op, source: int, axis: int | None) -> int | None:
+    """Where an axis of a result stood before a cast, scale or view, None if that is not clear."""
+    before, after = flow.ops[source].shape, op.shape
+    if axis is None:
+        return None
+    if before == after:
+        return axis
+    # The last axis of a view is that of its source if it has the same size and is no merged one.
+    same = before[-1:] == after[-1:] and axis == len(after) - 1
+    return len(before) - 1 if same else None
+
+
 def _moved_axis(flow: Flow, op: Op, source: int, axis: int) -> int | None:
-    """Where an axis stands after an operation, None if it is lost."""
+    """Where an axis stands after an operation; None if it is lost, -1 if it surely is not the last.
+
+    An axis that is not the last and disappears in a view can't be the last one of the result.
+    """
     before = flow.ops[source].shape
+    if axis < 0:
+        return -1
     if op.name == "permute":
         axes = [a % len(before) for a in cast("tuple[int, ...]", op.detail)]
         return axes.index(axis)
@@ -67,5 +100,7 @@ def _moved_axis(flow: Flow, op: Op, source: int, axis: int) -> int | None:
     if op.name in _RESHAPES or len(op.shape) != len(before):
         last = len(before) - 1
         keeps = axis == last and op.shape and op.shape[-1] == before[-1]
+        if axis != last and op.shape[-1:] == before[-1:]:
+            return -1
         return len(op.shape) - 1 if keeps else None
     return axis if op.shape == before else None

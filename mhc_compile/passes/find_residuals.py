@@ -2,118 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from mhc_compile._torch_compat import Source
-from mhc_compile.passes.call_paths import LeafPath
 from mhc_compile.passes.channel_axis import check_channel_axis
 from mhc_compile.passes.flow import (
+    SCALES,
+    SUBS,
     Candidate,
     Flow,
     branch_region,
     find_candidates,
-    link_streams,
-    split_nested,
+)
+from mhc_compile.passes.plan import (
+    BlockPlan,
+    Path,
+    Plan,
+    ResidualSite,
+    Segment,
+    format_source,
 )
 from mhc_compile.passes.record import Recording
-
-Path = tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class ResidualSite:
-    """One residual add of a model.
-
-    Attributes:
-        name: stable and unique in the model: the owner block and the branch's part of it.
-        module: fully qualified name of the owner block ("" is the model itself).
-        source: "file.py:123" of the add.
-        stream: which residual stream of the model it belongs to, from 0 in execution order.
-        channels: C, the width of the stream.
-        accepted: whether `transform` rewrites it.
-        reason: why it does not, else "".
-    """
-
-    name: str
-    module: str
-    source: str
-    stream: int
-    channels: int
-    accepted: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of neighbouring sites of one stream in one block.
-
-    Attributes:
-        sites: the residual adds in execution order.
-        sources: their source lines.
-        adds: when they ran in the recording, to order the sites of several segments.
-        first_index: position of the first site in the stream.
-        stream_input: path of the block's argument that carries the stream, None if it starts
-            inside the block.
-        dims: dimensions of the plain (one-stream) tensor.
-        expand: whether the stream starts here.
-        collapse: whether it ends here.
-        post_norm: whether a norm stands on the stream itself, behind each add.
-    """
-
-    sites: tuple[ResidualSite, ...]
-    sources: tuple[Source | None, ...]
-    adds: tuple[int, ...]
-    first_index: int
-    stream_input: LeafPath | None
-    dims: int
-    expand: bool
-    collapse: bool
-    post_norm: bool
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What is to be rewritten in one block.
-
-    Attributes:
-        name: fully qualified name of the block.
-        segments: its parts of streams, one in most models.
-        opened: submodules, relative to the block, that hold a part of a stream and are traced
-            into; all others stay calls.
-        light: submodules that hold no matmul, convolution or attention.
-    """
-
-    name: str
-    segments: tuple[Segment, ...]
-    opened: frozenset[str]
-    light: frozenset[str]
-
-    @property
-    def order(self) -> list[tuple[int, int]]:
-        """`(segment, site in it)` of all sites, in execution order."""
-        pairs = [(s, k) for s, seg in enumerate(self.segments) for k in range(len(seg.sites))]
-        return sorted(pairs, key=lambda pair: self.segments[pair[0]].adds[pair[1]])
-
-    @property
-    def sites(self) -> list[ResidualSite]:
-        """All sites in execution order."""
-        return [self.segments[s].sites[k] for s, k in self.order]
-
-    @property
-    def sources(self) -> list[Source | None]:
-        """Their source lines."""
-        return [self.segments[s].sources[k] for s, k in self.order]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All sites that were found, and the blocks to rewrite."""
-
-    sites: tuple[ResidualSite, ...]
-    blocks: tuple[BlockPlan, ...]
+from mhc_compile.passes.streams import link_streams, split_nested
 
 
 @dataclass
@@ -141,35 +52,29 @@ def plan_rewrite(
     """
     flow = recording.flow
     candidates = find_candidates(flow)
-    chains, previous = link_streams(flow, candidates)
-    accepted, dropped = split_nested(flow, candidates, chains)
+    chains, _ = link_streams(flow, candidates)
+    accepted, _ = split_nested(flow, candidates, chains)
     sites: list[ResidualSite] = []
     blocks: list[BlockPlan] = []
     names: Counter[str] = Counter()
-    for number, chain in enumerate(accepted):
-        stream = _Stream([candidates[i] for i in chain], [])
-        _check_stream(flow, stream, previous)
-        _check_rejoined(flow, stream, candidates, dropped)
+    streams = [_Stream([candidates[i] for i in chain], []) for chain in accepted]
+    for stream in streams:
+        _check_stream(flow, stream)
         stream.owners = [_owner(flow, c) for c in stream.chain]
-        if not stream.reason:
-            _lift_owners(recording, stream)
-        found = [_site(flow, stream, k, number, names) for k in range(len(chain))]
+    _lift_owners(recording, [stream for stream in streams if not stream.reason])
+    for number, stream in enumerate(streams):
+        found = [_site(flow, stream, k, number, names) for k in range(len(stream.chain))]
         if filter_fn is not None:
             found = [_filtered(site, filter_fn) for site in found]
         sites += found
         for part in _runs(found):
             blocks += _segments(recording, stream, found, part)
-    return Plan(tuple(sites), _merged(blocks))
+    seen = frozenset(flow.ops[i].source for i in candidates)
+    return Plan(tuple(sites), tuple(replace(b, seen=seen) for b in _merged(blocks)))
 
 
-def _check_stream(flow: Flow, stream: _Stream, previous: dict[int, int]) -> None:
-    """Refuses forks, and channel axes that are not the last."""
-    after = Counter(previous[c.index] for c in stream.chain if c.index in previous)
-    for k, candidate in enumerate(stream.chain):
-        if after[candidate.index] > 1:
-            stream.reason = "its result starts two residual paths, so the stream forks here"
-            stream.refused_at = k
-            return
+def _check_stream(flow: Flow, stream: _Stream) -> None:
+    """Refuses channel axes that are not the last."""
     for k, candidate in enumerate(stream.chain):
         reason = check_channel_axis(flow, candidate)
         if reason:
@@ -177,59 +82,53 @@ def _check_stream(flow: Flow, stream: _Stream, previous: dict[int, int]) -> None
             return
 
 
-def _check_rejoined(
-    flow: Flow, stream: _Stream, candidates: dict[int, Candidate], dropped: list[list[int]]
-) -> None:
-    """Refuses a stream into which an earlier state is added again (x + x0, long skips)."""
-    if stream.reason:
-        return
-    first, last = stream.chain[0], stream.chain[-1]
-    for chain in dropped:
-        for index in chain:
-            outer = candidates[index]
-            if (
-                not flow.reads(index, last.index)
-                or flow.ops[index].shape != flow.ops[last.index].shape
-            ):
-                continue
-            if first.index > outer.skip and flow.light_path(last.index, index) is not None:
-                stream.reason = (
-                    "an earlier state is added to the stream again at "
-                    f"{format_source(flow.ops[index].source)}, which has no counterpart in mHC"
-                )
-                stream.refused_at = len(stream.chain) - 1
-                return
-
-
 def _owner(flow: Flow, candidate: Candidate) -> Path:
     """The innermost module call that holds the add and every operation of its sublayer."""
     path = flow.ops[candidate.index].path
     for index in branch_region(flow, candidate):
-        path = _common(path, flow.ops[index].path)
+        # A view at the end of the module that made the state is no part of the sublayer.
+        if not flow.ops[index].noop or flow.canonical(index) != candidate.skip:
+            path = _common(path, flow.ops[index].path)
     return path
 
 
-def _lift_owners(recording: Recording, stream: _Stream) -> None:
-    """Widens owners until blocks do not nest, run once, and hold all that reads the stream."""
-    flow, owners = recording.flow, stream.owners
+def _lift_owners(recording: Recording, streams: list[_Stream]) -> None:
+    """Widens owners until blocks do not nest, run once, and hold all that reads a stream.
+
+    What leaves the module around a whole stream is collapsed on its way, so readers outside it
+    are no reason to widen.
+    """
+    flow = recording.flow
     calls = Counter(name for name, _ in recording.calls)
+    around = {id(stream): _shared(stream.owners) for stream in streams}
     changed = True
     while changed:
         changed = False
-        for k, owner in enumerate(owners):
-            lifted = min((o for o in owners if owner[: len(o)] == o), key=len)
-            while len(lifted) > 1 and calls[lifted[-1][0]] > 1:
-                lifted = lifted[:-1]
-            changed |= lifted != owner
-            owners[k] = lifted
-        for k in range(len(owners) - 1):
-            shared = _outside_reader(flow, stream, k)
-            if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
-                owners[k] = owners[k + 1] = shared
-                changed = True
+        known = {owner for stream in streams for owner in stream.owners}
+        for stream in streams:
+            owners = stream.owners
+            for k, owner in enumerate(owners):
+                lifted = min((o for o in known if owner[: len(o)] == o), key=len)
+                while len(lifted) > 1 and calls[lifted[-1][0]] > 1:
+                    lifted = lifted[:-1]
+                changed |= lifted != owner
+                owners[k] = lifted
+            for k in range(len(owners) - 1):
+                shared = _outside_reader(flow, stream, k, around[id(stream)])
+                if shared is not None and (owners[k] != shared or owners[k + 1] != shared):
+                    owners[k] = owners[k + 1] = shared
+                    changed = True
 
 
-def _outside_reader(flow: Flow, stream: _Stream, k: int) -> Path | None:
+def _shared(paths: list[Path]) -> Path:
+    """The innermost module call around all paths."""
+    around = paths[0]
+    for path in paths:
+        around = _common(around, path)
+    return around
+
+
+def _outside_reader(flow: Flow, stream: _Stream, k: int, around: Path) -> Path | None:
     """The module call that must own sites k and k + 1, if something between them lies outside."""
     here, there = stream.owners[k], stream.owners[k + 1]
     start = stream.chain[k].index
@@ -237,7 +136,10 @@ def _outside_reader(flow: Flow, stream: _Stream, k: int) -> Path | None:
     inside = {start, *link}
     involved = list(link)
     for value in inside:
-        involved += [r for r in flow.readers[value] if r not in inside and flow.is_live(r)]
+        involved += [
+            r for r in flow.readers[value]
+            if r not in inside and flow.is_live(r) and flow.ops[r].path[: len(around)] == around
+        ]  # fmt: skip
     outside = [
         flow.ops[i].path for i in involved
         if flow.ops[i].path[: len(here)] != here and flow.ops[i].path[: len(there)] != there
@@ -257,12 +159,33 @@ def _site(flow: Flow, stream: _Stream, k: int, number: int, names: Counter[str])
     if names[name] > 1:
         name = f"{name}#{names[name]}"
     op = flow.ops[candidate.index]
-    reason = stream.reason
-    if reason and k != stream.refused_at:
+    reason = stream.reason or candidate.reason
+    if stream.reason and k != stream.refused_at:
         reason = f"same stream as the refused add at {_source_of(flow, stream)}: {stream.reason}"
     return ResidualSite(
-        name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason
-    )
+        name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason,
+        _evidence(flow, stream, k),
+    )  # fmt: skip
+
+
+def _evidence(flow: Flow, stream: _Stream, k: int) -> str:
+    """What was seen of a site, as the user may check it."""
+    candidate, owner = stream.chain[k], stream.owners[k]
+    scaled = any(flow.ops[i].name in SCALES for i in candidate.way)
+    form = "x - F(x)" if flow.ops[candidate.index].name in SUBS else "x + F(x)"
+    form = form.replace("x", "s * x", 1) if scaled else form
+    region = [flow.ops[i] for i in branch_region(flow, candidate)]
+    paths = [op.path[len(owner)][0] for op in region if len(op.path) > len(owner)]
+    prefix = len(owner[-1][0]) + 1 if owner[-1][0] else 0
+    parts = list(dict.fromkeys(path[prefix:] for path in paths))
+    inside = ", ".join(parts[:4]) + (", ..." if len(parts) > 4 else "")
+    weights = len({w for op in region for w in op.weights})
+    what = f"F reads x through {inside or f'{len(region)} operations'} ({weights} weights)"
+    if k == 0:
+        return f"{form}; {what}; starts the stream"
+    steps = [flow.ops[i].name for i in _link(flow, stream, k) if not flow.ops[i].noop]
+    between = f" through {', '.join(steps[:3])}" if steps else ""
+    return f"{form}; {what}; continues site {k - 1} of its stream{between}"
 
 
 def _source_of(flow: Flow, stream: _Stream) -> str:
@@ -310,25 +233,34 @@ def _segments(
         else:
             groups.append([k])
     links = {k: _link(flow, stream, k) for k in range(1, len(stream.chain))}
-    computed = sum(any(not flow.ops[i].noop for i in link) for link in links.values())
+    between = [i for link in links.values() for i in link if not flow.ops[i].noop]
+    norms = frozenset(type(recording.calls[flow.ops[i].path[-1]].module) for i in between)
     plans = []
+    states: set[int] = set()  # what has n streams when a group starts
     for group in groups:
         owner = stream.owners[group[0]]
         light = _light_modules(recording, owner[-1][0])
         adds = tuple(stream.chain[k].index for k in group)
         linking = [i for k in (*group, group[-1] + 1) for i in links.get(k, [])]
-        opened = _inner_modules(flow, owner, list(adds))
-        opened |= _inner_modules(flow, owner, linking) - light
-        first = stream.chain[group[0]]
-        starts = {flow.canonical(first.skip)}
-        if group[0] > 0:
-            starts |= {stream.chain[group[0] - 1].index, *links[group[0]]}
-        inputs = recording.calls[owner[-1]].inputs
-        carrying = [p for p, i in inputs.items() if i in starts or flow.canonical(i) in starts]
+        starts, ends = group[0] == run[0], group[-1] == run[-1]
+        if not starts:
+            states.update(links[group[0]])
+        call = recording.calls[owner[-1]]
+        carrying = sorted(((i, p) for p, i in call.inputs.items() if i in states), reverse=True)
+        states.update(adds, *(links[k] for k in group if k != run[0]))
+        known = states | {stream.chain[k].skip for k in group}
+        through = [c.path for c in recording.calls.values()
+                   if known.intersection(c.outputs, c.inputs.values())]  # fmt: skip
+        # A scale on the skip must show, be it a module of its own.
+        ways = [i for k in group for i in stream.chain[k].way if not flow.ops[i].noop]
+        opened = _inner_modules(owner, [flow.ops[i].path for i in (*adds, *ways)])
+        opened |= _inner_modules(owner, [flow.ops[i].path for i in linking] + through) - light
+        after = [adds[-1], *links.get(group[-1] + 1, [])]
+        handed = () if ends else tuple(k for k, i in enumerate(call.outputs) if i in after)
         segment = Segment(
             tuple(sites[k] for k in group), tuple(flow.ops[i].source for i in adds), adds,
-            group[0], carrying[0] if carrying else None, len(flow.ops[first.index].shape),
-            group[0] == run[0], group[-1] == run[-1], computed * 2 > len(links) > 0,
+            group[0], tuple((p, len(flow.ops[i].shape)) for i, p in carrying), starts, ends,
+            handed, norms,
         )  # fmt: skip
         plans.append(BlockPlan(owner[-1][0], (segment,), frozenset(opened), light))
     return plans
@@ -352,10 +284,9 @@ def _link(flow: Flow, stream: _Stream, k: int) -> list[int]:
     return [] if start == stop else flow.light_path(start, stop) or []
 
 
-def _inner_modules(flow: Flow, owner: Path, indices: list[int]) -> set[str]:
-    """Modules inside an owner in which some operations ran, by their names relative to it."""
+def _inner_modules(owner: Path, paths: list[Path]) -> set[str]:
+    """Modules inside an owner on the paths of some operations, by their names relative to it."""
     prefix = len(owner[-1][0]) + 1 if owner[-1][0] else 0
-    paths = [flow.ops[i].path for i in indices]
     return {name[prefix:] for path in paths if path[: len(owner)] == owner
             for name, _ in path[len(owner) :]}  # fmt: skip
 
@@ -374,8 +305,3 @@ def _common(a: Path, b: Path) -> Path:
             break
         length += 1
     return a[:length]
-
-
-def format_source(source: Source | None) -> str:
-    """Formats a source line as "file.py:123"."""
-    return f"{os.path.basename(source[0])}:{source[1]}" if source else "unknown source"

@@ -1,29 +1,56 @@
-"""A data-flow graph of tensor operations, and the residual adds and streams in it.
+"""A data-flow graph of tensor operations, and the residual adds in it.
 
 The same analysis serves two graphs: the whole model as recorded from one eager run (ATen
 operations) and one block as traced with torch.fx (calls of functions and submodules).
+`streams` joins the adds found here into residual streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mhc_compile._torch_compat import Source
 
 ADDS = frozenset({"add", "add_", "iadd", "__add__", "__iadd__", "__radd__"})
+SUBS = frozenset({"sub", "sub_", "isub", "__sub__", "__isub__", "subtract"})
 ADDCMULS = frozenset({"addcmul", "addcmul_"})
+DIVISIONS = frozenset({"div", "div_", "truediv", "itruediv", "__truediv__", "divide"})
+SCALES = DIVISIONS | {"mul", "mul_", "imul", "__mul__", "__rmul__", "multiply", "neg"}
+LERPS = frozenset({"lerp", "lerp_"})
 HEAVY = (
     "mm", "addmm", "bmm", "baddbmm", "addbmm", "matmul", "linear", "einsum", "convolution",
     "conv1d",
     "conv2d", "conv3d", "scaled_dot_product", "embedding", "grouped_mm", "mv", "addmv", "tensordot",
     "_weight_int", "cumsum", "flex_attention",
+    # Not heavy, but the result is another sequence, into which a stream is written.
+    "masked_scatter", "index_put", "scatter", "index_copy", "index_add",
+    # Mixes tokens, as FNet does.
+    "fft",
 )  # fmt: skip
 NOOPS = frozenset({
     "view", "reshape", "_unsafe_view", "alias", "detach", "clone", "_to_copy", "to", "float",
     "contiguous", "type_as", "type", "half", "bfloat16", "double", "unflatten", "flatten",
     "squeeze", "unsqueeze", "expand", "lift_fresh", "_reshape_alias",
 })  # fmt: skip
+GATED = (
+    "its skip is multiplied by a value computed from the stream itself (a gate, as in highway "
+    "layers), which has no counterpart in mHC"
+)
+PARTS = "its skip is cut or joined from parts of earlier states; add the branch to the whole state"
+SWAPPED = "the residual is a factor of addcmul; write it as f + scale * x"
+_PRODUCT = "the residual is added inside a fused matrix product; write it as x + F(x)"
+_SOME_TOKENS = "the residual is added to a part of the tokens only, which has no counterpart in mHC"
+REFUSED_ADDS = {
+    **dict.fromkeys(
+        ("addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "addr"), _PRODUCT
+    ),
+    **dict.fromkeys(("scatter_add", "scatter_add_", "index_add", "index_add_"), _SOME_TOKENS),
+}
+"""Operations that add to their first operand in a way that is refused, with the reason."""
+PARTIAL = frozenset({"slice", "select", "narrow", "index_select", "gather", "getitem"})
+_STRUCTURE = PARTIAL | {"cat", "concat", "concatenate"}
+_WALK = 8  # scales and casts between a state and the add that it enters
 
 
 def is_heavy_name(name: str) -> bool:
@@ -35,8 +62,9 @@ def is_heavy_name(name: str) -> bool:
 class Op:
     """One operation: `operands` are its tensor arguments in order, None for a parameter.
 
-    `inputs` are all activations it reads, `path` the module calls it ran in, outermost first, each
-    as (module name, number of the call).
+    `inputs` are all activations it reads, `weights` what identifies the parameters it reads,
+    `fixed` that it reads nothing else,
+    `path` the module calls it ran in, outermost first, each as (module name, number of the call).
     """
 
     index: int
@@ -50,24 +78,34 @@ class Op:
     noop: bool = False
     path: tuple[tuple[str, int], ...] = ()
     source: Source | None = None
-    skip_scaled: tuple[bool, ...] = ()
+    weights: tuple[object, ...] = ()
+    fixed: bool = False
     detail: object = None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A residual-like add `index = skip + branch`; `branch` lists the other terms.
+    """A residual-like add `index = scale * skip + branch`.
 
-    `product` marks addcmul, whose branch is the product of its terms; `absorbed` are the inner
-    adds of a flattened sum such as (x + attention) + mlp.
+    Attributes:
+        index: the add.
+        skip: the state that it continues, behind casts and scales.
+        operand: the term of the add that is made of it.
+        branch: the other terms.
+        way: operations from the skip (not included) to the operand (included), casts and scales.
+        product: an addcmul or lerp, whose branch is not just the sum of the other terms.
+        absorbed: the inner adds of a flattened sum such as (x + attention) + mlp.
+        reason: why it cannot be rewritten, if that shows here already.
     """
 
     index: int
     skip: int
     operand: int
     branch: tuple[int, ...]
+    way: tuple[int, ...] = ()
     product: bool = False
     absorbed: tuple[int, ...] = ()
+    reason: str = ""
 
 
 @dataclass
@@ -78,39 +116,26 @@ class Flow:
     outputs: set[int] = field(default_factory=set)
 
     def finish(self) -> None:
-        """Computes ancestors (as bit sets), readers, liveness and immediate dominators."""
+        """Computes ancestors (as bit sets), readers and liveness."""
         count = len(self.ops)
         self.ancestors: list[int] = [0] * count
         self.readers: list[list[int]] = [[] for _ in range(count)]
-        self.dominator: list[int] = [-1] * count
-        depth = [0] * count
+        self.heavy = 0
         for op in self.ops:
             bits = 0
             for i in dict.fromkeys(op.inputs):
                 bits |= self.ancestors[i] | (1 << i)
                 self.readers[i].append(op.index)
             self.ancestors[op.index] = bits
-            dom = self._common_dominator(op.inputs, depth)
-            self.dominator[op.index] = dom
-            depth[op.index] = depth[dom] + 1 if dom >= 0 else 1
+            self.heavy |= int(op.heavy) << op.index
+        # Descendants by the reversed graph, so that what lies between two operations is one `and`.
+        self.descendants: list[int] = [0] * count
+        for op in reversed(self.ops):
+            for i in dict.fromkeys(op.inputs):
+                self.descendants[i] |= self.descendants[op.index] | (1 << op.index)
         self.live = 0
         for i in self.outputs:
             self.live |= self.ancestors[i] | (1 << i)
-
-    def _common_dominator(self, inputs: tuple[int, ...], depth: list[int]) -> int:
-        dom: int | None = None
-        for i in dict.fromkeys(inputs):
-            if dom is None:
-                dom = i
-                continue
-            while dom != i:
-                if dom == -1 or i == -1:
-                    return -1
-                if depth[dom] >= depth[i]:
-                    dom = self.dominator[dom]
-                else:
-                    i = self.dominator[i]
-        return -1 if dom is None else dom
 
     def is_live(self, index: int) -> bool:
         """Whether the model's outputs depend on the operation."""
@@ -126,15 +151,29 @@ class Flow:
             index = self.ops[index].inputs[0]
         return index
 
+    def bits_between(self, start: int, stop: int) -> int:
+        """Operations that depend on `start` and on which `stop` depends, as a bit set."""
+        return self.descendants[start] & self.ancestors[stop]
+
     def between(self, start: int, stop: int) -> list[int]:
-        """Operations that depend on `start` and on which `stop` depends, in order."""
-        bits = self.ancestors[stop]
-        return [i for i in range(start + 1, stop) if bits >> i & 1 and self.reads(i, start)]
+        """The same as a list, in order."""
+        return list(bits_of(self.bits_between(start, stop)))
+
+    def is_light(self, start: int, stop: int) -> bool:
+        """Whether nothing heavy lies between `start` and `stop`, itself included."""
+        return not (self.bits_between(start, stop) | 1 << stop) & self.heavy
 
     def light_path(self, start: int, stop: int) -> list[int] | None:
         """Operations from `start` to `stop` inclusive of `stop`, or None if one is heavy."""
-        path = [*self.between(start, stop), stop]
-        return None if any(self.ops[i].heavy for i in path) else path
+        return [*self.between(start, stop), stop] if self.is_light(start, stop) else None
+
+
+def bits_of(bits: int) -> Iterator[int]:
+    """The positions of the ones in a bit set, lowest first."""
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low
 
 
 def find_candidates(
@@ -142,7 +181,8 @@ def find_candidates(
 ) -> dict[int, Candidate]:
     """Finds adds one of whose terms, the skip, is an ancestor of all the others.
 
-    If no pair of terms fits, inner adds that nothing else reads are flattened first, so that
+    The skip may be scaled by numbers, parameters or values that do not depend on it. If no pair of
+    terms fits, inner adds that nothing else reads are flattened first, so that
     `(x + attention) + mlp` is one residual with two branch terms.
 
     Args:
@@ -165,36 +205,60 @@ def find_candidates(
 
 
 def _candidate(flow: Flow, op: Op) -> Candidate | None:
-    if op.name in ADDCMULS:
-        first, rest = op.operands[0], tuple(i for i in op.operands[1:] if i is not None)
-        if first is None or not rest or op.shapes[0] != op.shape:
-            return None
-        if any(flow.reads(i, flow.canonical(first)) for i in rest):
-            return Candidate(op.index, flow.canonical(first), first, rest, product=True)
-        return None
+    if op.name in ADDCMULS or op.name in LERPS or op.name in REFUSED_ADDS:
+        return _product_candidate(flow, op)
     terms = _terms(flow, op)
     if terms is None:
         return None
     inner: list[int] = []
-    skip = _pick_skip(flow, terms)
-    if skip is None:
+    found = _pick_skip(flow, op, terms)
+    if found is None and op.name in ADDS:
         flat: list[int] = []
         for term in terms:
-            below = _terms(flow, flow.ops[term]) if len(flow.readers[term]) == 1 else None
+            below = None
+            if len(flow.readers[term]) == 1 and flow.ops[term].name in ADDS:
+                below = _terms(flow, flow.ops[term])
             flat += below or [term]
             inner += [term] if below else []
-        skip = _pick_skip(flow, flat) if inner else None
+        found = _pick_skip(flow, op, flat) if inner else None
         terms = flat
-    if skip is None:
+    if found is None:
         return None
+    term, way, skip, reason = found
     branch = list(terms)
-    branch.remove(skip)
-    return Candidate(op.index, flow.canonical(skip), skip, tuple(branch), absorbed=tuple(inner))
+    branch.remove(term)
+    return Candidate(op.index, skip, term, tuple(branch), way, absorbed=tuple(inner), reason=reason)
+
+
+def _product_candidate(flow: Flow, op: Op) -> Candidate | None:
+    """Adds with more in them: addcmul, lerp, and operations that accumulate onto the skip."""
+    if not op.operands or not op.is_float or len(op.shape) < 2 or op.shapes[0] != op.shape:
+        return None
+    first, rest = op.operands[0], tuple(i for i in op.operands[1:] if i is not None)
+    if first is None or not rest:
+        return None
+    for way, skip, reason in _origins(flow, first):
+        if any(flow.reads(i, skip) for i in rest):
+            if op.name in LERPS and any(flow.reads(i, skip) for i in rest[1:]):
+                reason = GATED
+            why = REFUSED_ADDS.get(op.name, reason)
+            return Candidate(op.index, skip, first, rest, way, product=True, reason=why)
+    for number, operand in enumerate(op.operands[1:], 1):  # f + scale * x
+        if operand is None or op.shapes[number] != op.shape or op.name not in ADDCMULS:
+            continue
+        for way, skip, reason in _origins(flow, operand):
+            if flow.reads(first, skip):
+                return Candidate(
+                    op.index, skip, operand, (first,), way, True, reason=reason or SWAPPED
+                )
+    return None
 
 
 def _terms(flow: Flow, op: Op) -> list[int] | None:
-    """The two activations of a full-shape floating-point add."""
-    if op.name not in ADDS or not op.is_float or len(op.shape) < 2 or len(op.operands) != 2:
+    """The two activations of a full-shape floating-point add or difference."""
+    if op.name not in ADDS and op.name not in SUBS:
+        return None
+    if not op.is_float or len(op.shape) < 2 or len(op.operands) != 2:
         return None
     if any(shape != op.shape for shape in op.shapes):
         return None
@@ -202,89 +266,69 @@ def _terms(flow: Flow, op: Op) -> list[int] | None:
     return None if first is None or second is None else [first, second]
 
 
-def _pick_skip(flow: Flow, terms: list[int]) -> int | None:
-    for skip in terms:
-        others = list(terms)
-        others.remove(skip)
-        if others and all(flow.reads(other, flow.canonical(skip)) for other in others):
-            return skip
-    return None
+def _pick_skip(
+    flow: Flow, op: Op, terms: list[int]
+) -> tuple[int, tuple[int, ...], int, str] | None:
+    """The term that is a state of which all other terms are made: plain, scaled, or gated."""
+    found = []
+    for number, term in enumerate(terms):
+        if number and op.name in SUBS:
+            break
+        others = [*terms[:number], *terms[number + 1 :]]
+        for way, skip, reason in _origins(flow, term):
+            if all(flow.reads(other, skip) for other in others) and not any(
+                origin == skip and not gate
+                for other in others for _, origin, gate in _origins(flow, other)
+            ):  # fmt: skip
+                scales = sum(not flow.ops[i].noop for i in way)
+                found.append((bool(reason), scales, number, (term, way, skip, reason)))
+    return min(found)[-1] if found else None
 
 
-def link_streams(
-    flow: Flow, candidates: dict[int, Candidate]
-) -> tuple[list[list[int]], dict[int, int]]:
-    """Joins candidates whose skip comes from another one through light operations alone.
+def _origins(flow: Flow, term: int) -> Iterator[tuple[tuple[int, ...], int, str]]:
+    """States that a term may be made of by casts, views and scales, nearest first.
 
-    Returns:
-        The chains, each a list of candidate indices in execution order, and for each candidate
-        that has one, its predecessor.
+    Yields:
+        The operations on the way, the state, and "" or why it cannot be rewritten.
     """
-    previous: dict[int, int] = {}
-    for index, candidate in candidates.items():
-        at = candidate.skip
-        while at >= 0 and at not in candidates:
-            dom = flow.dominator[at]
-            if (
-                dom < 0
-                or flow.ops[at].heavy
-                or any(flow.ops[i].heavy for i in flow.between(dom, at))
-            ):
-                at = -1
+    todo: list[tuple[tuple[int, ...], int, str]] = [((), term, "")]
+    while todo:
+        way, at, reason = todo.pop(0)
+        while flow.ops[at].noop and flow.ops[at].inputs:
+            way, at = (at, *way), flow.ops[at].inputs[0]
+        yield way, at, reason
+        op = flow.ops[at]
+        if op.name in _STRUCTURE and len(way) < _WALK:
+            todo += [((at, *way), i, reason or PARTS) for i in op.inputs]
+        if op.name not in SCALES or len(way) >= _WALK:
+            continue
+        for number, operand in enumerate(op.operands):
+            if operand is None or op.shapes[number] != op.shape:
+                continue
+            if number and op.name in DIVISIONS:
                 break
-            at = dom
-        if at >= 0 and flow.ops[at].shape[-1] == flow.ops[index].shape[-1]:
-            previous[index] = at
-    group = {index: index for index in candidates}
-    for index in sorted(candidates):
-        if index in previous:
-            group[index] = group[previous[index]]
-    chains: dict[int, list[int]] = {}
-    for index in sorted(candidates):
-        chains.setdefault(group[index], []).append(index)
-    return list(chains.values()), previous
+            state = flow.canonical(operand)
+            factors = [i for i in (*op.operands[:number], *op.operands[number + 1 :])
+                       if i is not None]  # fmt: skip
+            gated = any(
+                i == state or flow.reads(i, state)
+                or flow.reads(state, i) and flow.ops[i].shape == op.shape
+                for i in factors
+            )  # fmt: skip
+            todo.append(((at, *way), operand, GATED if gated else reason))
 
 
-def branch_region(flow: Flow, candidate: Candidate) -> list[int]:
-    """Operations of the sublayer: they depend on the skip and the branch depends on them."""
+def branch_bits(flow: Flow, candidate: Candidate) -> int:
+    """Operations of the sublayer, as a bit set.
+
+    They depend on the skip, and the branch depends on them.
+    """
     bits = 0
     for term in candidate.branch:
         bits |= flow.ancestors[term] | (1 << term)
-    return [
-        i for i in range(candidate.skip + 1, candidate.index)
-        if bits >> i & 1 and flow.reads(i, candidate.skip)
-    ]  # fmt: skip
+    return bits & flow.descendants[candidate.skip]
 
 
-def split_nested(
-    flow: Flow, candidates: dict[int, Candidate], chains: Iterable[list[int]]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Separates streams from chains inside (or around) another stream's sublayers.
-
-    The longest chain wins: gates, LoRA, gelu's cubic or a shared expert's sum lie inside a longer
-    stream's branch, and one global skip lies around it.
-
-    Returns:
-        Accepted chains, ordered by their first add, and dropped ones.
-    """
-    region: dict[int, int] = {}
-    for index, candidate in candidates.items():
-        bits = 0
-        for i in branch_region(flow, candidate):
-            bits |= 1 << i
-        region[index] = bits
-    accepted: list[list[int]] = []
-    dropped: list[list[int]] = []
-    for chain in sorted(chains, key=len, reverse=True):
-        inside = 0
-        adds = 0
-        for index in chain:
-            inside |= region[index]
-            adds |= 1 << index
-        for other in accepted:
-            if any(inside >> i & 1 for i in other) or any(region[i] & adds for i in other):
-                dropped.append(chain)
-                break
-        else:
-            accepted.append(chain)
-    return sorted(accepted), dropped
+def branch_region(flow: Flow, candidate: Candidate) -> list[int]:
+    """Operations of the sublayer, in order; see `branch_bits`."""
+    return list(bits_of(branch_bits(flow, candidate)))

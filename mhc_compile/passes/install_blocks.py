@@ -10,21 +10,34 @@ import inspect
 import linecache
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from mhc_compile._torch_compat import autocast_state, tensor_leaves
+from mhc_compile._torch_compat import tensor_leaves
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
 from mhc_compile.passes.add_guards import add_guards
-from mhc_compile.passes.call_paths import named_leaves, positional_names
-from mhc_compile.passes.find_residuals import BlockPlan, Segment
+from mhc_compile.passes.block_calls import (
+    call_key,
+    device_of,
+    leaf_order,
+    many_streams,
+    mode_key,
+    one_stream,
+    replace_streams,
+)
+from mhc_compile.passes.call_paths import argument_at, positional_names
+from mhc_compile.passes.graph_sites import collapse_name
 from mhc_compile.passes.open_arguments import find_open_arguments
-from mhc_compile.passes.rewrite_block import collapse_name, rewrite_block
-from mhc_compile.passes.trace_block import CONSTANTS, trace_block
+from mhc_compile.passes.plan import BlockPlan
+from mhc_compile.passes.rewrite_block import rewrite_block
+from mhc_compile.passes.trace_block import TracedBlock, trace_block, warn_of_notes
+from mhc_compile.passes.trace_inputs import Write, finish_result
 from mhc_compile.runtime.guards import GuardMismatch
+from mhc_compile.runtime.modes import enter_autocast, left_on_error, set_grad_mode
 from mhc_compile.runtime.modules import MARK, HyperConnection, StreamCollapse
 
 ATTRIBUTE = "mhc"
@@ -39,17 +52,21 @@ class Variant:
     source: str
     function: Callable[..., Any]
     order: tuple[int, ...]
+    writes: tuple[Write, ...] = ()
+    kind: type | None = None
+    modes: bool = False
 
 
 @dataclass
 class BlockRewrite:
-    """What a rewritten block keeps besides its modules."""
+    """What a rewritten block keeps besides its modules; `ran` is for `surroundings`."""
 
     plan: BlockPlan
     config: MHCConfig
     original: type[nn.Module]
     open_names: frozenset[str] = frozenset()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
+    ran: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle keeps: functions are made anew, from the code that a process runs."""
@@ -69,12 +86,12 @@ class BlockRewrite:
             if name in self.open_names:
                 leaves.append(value)
                 return None
-            return _call_key(value, leaves)
+            return call_key(value, leaves)
 
         names = (*positional_names(self.original.forward), *[None] * len(args))
         by_position = tuple([part(n, a) for n, a in zip(names, args, strict=False)])
         by_name = tuple([(k, part(k, v)) for k, v in kwargs.items()])
-        return _mode(block, self.plan), by_position, by_name
+        return mode_key(block, self.plan), by_position, by_name
 
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs the variant that fits the arguments; an unseen kind of call is traced first."""
@@ -82,20 +99,37 @@ class BlockRewrite:
         key = self.key(block, args, kwargs, leaves)
         for variant in self.variants.get(key, ()):
             try:
-                return self.run(variant, block, leaves)
+                return self.run(variant, block, args, kwargs, leaves)
             except GuardMismatch:
                 continue
-        return self.run(trace_variant(block, self, key, args, kwargs), block, leaves)
+        variant = trace_variant(block, self, key, args, kwargs)
+        return self.run(variant, block, args, kwargs, leaves)
 
-    def run(self, variant: Variant, block: nn.Module, leaves: list[Any]) -> Any:
+    def run(
+        self,
+        variant: Variant,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        leaves: list[Any],
+    ) -> Any:
         """Calls the generated function and marks the streams that it hands on."""
-        result = variant.function(block, *(leaves[i] for i in variant.order))
+        if not torch.compiler.is_compiling():
+            self.ran = True
+        inputs = [leaves[i] for i in variant.order]
+        if variant.modes and not torch.compiler.is_compiling():
+            with left_on_error():
+                result = variant.function(block, *inputs)
+        else:
+            result = variant.function(block, *inputs)
+        if variant.writes or variant.kind is not None:
+            forward = self.original.forward
+            find = partial(argument_at, forward, args, kwargs)
+            result = finish_result(variant.writes, variant.kind, find, result)
         if self.config.streams > 1:
             for segment in self.plan.segments:
-                shape = (self.config.streams, segment.sites[0].channels)
-                for tensor in () if segment.collapse else tensor_leaves(result):
-                    if tensor.dim() == segment.dims + 1 and tensor.shape[-2:] == shape:
-                        setattr(tensor, MARK, True)
+                for k in segment.outputs:
+                    setattr(tensor_leaves(result)[k], MARK, True)
         return result
 
 
@@ -118,15 +152,17 @@ def trace_variant(
             "call: its Python depends on a size or number that keeps changing; move that code into "
             "a submodule"
         )
-    plain_args, plain_kwargs = _replace_streams(rewrite, args, kwargs, _one_stream)
+    plain_args, plain_kwargs = replace_streams(rewrite, args, kwargs, one_stream)
     forward, label = rewrite.original.forward, rewrite.original.__name__
     traced = trace_block(
-        block, forward, plain_args, plain_kwargs, rewrite.plan.opened, label, rewrite.open_names
-    )
+        block, forward, plain_args, plain_kwargs, rewrite.plan.opened, label, rewrite.open_names,
+        frozenset(s for s in rewrite.plan.sources if s is not None),
+    )  # fmt: skip
+    warn_of_notes(rewrite.plan.name, traced)
     add_guards(traced)
     graph = rewrite_block(block, rewrite.plan, rewrite.config, traced, label)
-    order = _leaf_order(forward, args, kwargs, rewrite.open_names)
-    variant = _generate(rewrite, graph, order)
+    order = leaf_order(forward, args, kwargs, rewrite.open_names)
+    variant = _generate(rewrite, graph, order, traced)
     known.append(variant)
     return variant
 
@@ -147,10 +183,16 @@ def prepare_block(
             f"block {plan.name!r} ({type(block).__name__}) already has an attribute "
             f"{ATTRIBUTE!r}, which mhc_compile needs for its parameters; rename it"
         )
+    if "forward" in block.__dict__:
+        raise UnsupportedResidualError(
+            f"block {plan.name!r} ({type(block).__name__}) has a forward of its own on the "
+            "instance, as accelerate's hooks put there, which would hide the rewritten one; remove "
+            "it first and put it back afterwards"
+        )
     rewrite = BlockRewrite(plan, config, type(block))
     # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
     original, modes = type(block), [(m, m.training) for m in block.modules()]
-    example = _replace_streams(rewrite, args, kwargs, _many_streams)
+    example = replace_streams(rewrite, args, kwargs, many_streams)
     block.__class__ = _rewritten_class(original)
     try:
         forward = rewrite.original.forward
@@ -168,7 +210,7 @@ def prepare_block(
 def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
     """Adds the connections to a block and makes it run its generated forward."""
     plan, config = rewrite.plan, rewrite.config
-    device = _device_of(block)
+    device = device_of(block)
     parts: dict[str, nn.Module] = {}
     if config.streams > 1:
         for position, (number, k) in enumerate(plan.order):
@@ -178,7 +220,9 @@ def install_block(block: nn.Module, rewrite: BlockRewrite) -> None:
             )
         for number, segment in enumerate(plan.segments):
             if segment.collapse:
-                parts[collapse_name(plan, number)] = StreamCollapse(config, device=device)
+                parts[collapse_name(plan, number)] = StreamCollapse(
+                    config, segment.sites[-1].channels, device=device
+                )
     block.add_module(ATTRIBUTE, nn.ModuleDict(parts))
     block.__dict__[_REWRITE] = rewrite
     block.__class__ = _rewritten_class(rewrite.original)
@@ -247,7 +291,9 @@ def _empty_block(original: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _generate(rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]) -> Variant:
+def _generate(
+    rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], traced: TracedBlock
+) -> Variant:
     code = graph.python_code("self")
     count = sum(map(len, rewrite.variants.values()))
     name = (
@@ -256,115 +302,9 @@ def _generate(rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...]) ->
     scope = dict(code.globals)
     exec(compile(code.src, name, "exec"), scope)
     linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
-    return Variant(code.src.strip(), scope["forward"], order)
-
-
-def _leaf_order(
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    open_names: frozenset[str],
-) -> tuple[int, ...]:
-    """Positions in the leaves of `BlockRewrite.key` of the generated function's inputs."""
-    counter = iter(range(1 << 30))
-
-    def number(value: Any) -> Any:
-        if type(value) in (tuple, list):
-            return type(value)(number(v) for v in value)
-        if type(value) is dict:
-            return {k: number(v) for k, v in value.items()}
-        return value if isinstance(value, CONSTANTS) else _Position(next(counter))
-
-    def argument(name: str | None, value: Any) -> Any:
-        return _Position(next(counter)) if name in open_names else number(value)
-
-    names = (*positional_names(forward), *[None] * len(args))
-    numbered = tuple(argument(n, a) for n, a in zip(names, args, strict=False))
-    leaves = named_leaves(forward, numbered, {k: argument(k, v) for k, v in kwargs.items()})
-    return tuple(leaf.index for _, leaf in leaves if isinstance(leaf, _Position))
-
-
-@dataclass
-class _Position:
-    index: int
-
-
-def _call_key(value: Any, leaves: list[Any]) -> Any:
-    """A hashable description of arguments; what may vary from call to call goes into `leaves`."""
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return (value.dtype, value.dim(), value.device.type)
-    if type(value) in (tuple, list):
-        return (type(value), *[_call_key(v, leaves) for v in value])
-    if type(value) is dict:
-        return (dict, *[(k, _call_key(v, leaves)) for k, v in value.items()])
-    if isinstance(value, CONSTANTS):
-        return (type(value), value)
-    leaves.append(value)
-    return type(value)
-
-
-def _mode(block: nn.Module, plan: BlockPlan) -> Any:
-    """The state outside the arguments on which a trace depends."""
-    device = _device_of(block)
-    opened = tuple(block.get_submodule(name).training for name in sorted(plan.opened))
-    return block.training, opened, autocast_state(device.type)
-
-
-def _device_of(block: nn.Module) -> torch.device:
-    for tensor in block.parameters():
-        return tensor.device
-    return torch.device("cpu")
-
-
-def _one_stream(stream: Tensor, rewrite: BlockRewrite, segment: Segment) -> Tensor:
-    """One stream in the place of n, for tracing the original forward."""
-    n = rewrite.config.streams
-    if stream.dim() != segment.dims + 1 or stream.shape[-2] != n:
-        raise MHCError(
-            f"block {rewrite.plan.name!r} takes {n} streams [..., {n}, C] from the block before "
-            f"it, got {list(stream.shape)}; call the whole model"
-        )
-    return stream[..., 0, :]
-
-
-def _many_streams(stream: Tensor, rewrite: BlockRewrite, segment: Segment) -> Tensor:
-    """A plain example stream as the rewritten model will pass it."""
-    n = rewrite.config.streams
-    return stream.unsqueeze(-2).expand(*stream.shape[:-1], n, stream.shape[-1])
-
-
-def _replace_streams(
-    rewrite: BlockRewrite,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    change: Callable[[Tensor, BlockRewrite, Segment], Tensor],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Changes the arguments that carry streams from earlier blocks."""
-    changed: dict[int, Tensor] = {}
-    for segment in rewrite.plan.segments:
-        if segment.expand or rewrite.config.streams == 1:
-            continue
-        named = named_leaves(rewrite.original.forward, args, kwargs)
-        found = [leaf for path, leaf in named if path == segment.stream_input]
-        if not found or not isinstance(found[0], Tensor):
-            raise UnsupportedResidualError(
-                f"block {rewrite.plan.name!r} ({rewrite.original.__name__}) does not get its "
-                f"residual stream as the argument {segment.stream_input!r}; leave its sites out "
-                "with filter_fn"
-            )
-        changed[id(found[0])] = change(found[0], rewrite, segment)
-
-    def walk(value: Any) -> Any:
-        if id(value) in changed:
-            return changed[id(value)]
-        if type(value) in (tuple, list):
-            return type(value)(walk(v) for v in value)
-        if type(value) is dict:
-            return {k: walk(v) for k, v in value.items()}
-        return value
-
-    return walk(args), walk(dict(kwargs))
+    modes = any(n.target in (set_grad_mode, enter_autocast) for n in graph.nodes)
+    function = scope["forward"]
+    return Variant(code.src.strip(), function, order, traced.writes, traced.kind, modes)
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from mhc_compile._torch_compat import (
     TorchDispatchMode,
     WeakIdKeyDictionary,
     WeakIdRef,
+    compiled_module,
     force_eager,
     no_nested_tensor_fastpath,
     tensor_leaves,
@@ -22,6 +23,7 @@ from mhc_compile._torch_compat import (
 from mhc_compile.errors import ExampleInputsError
 from mhc_compile.passes.call_paths import LeafPath, named_leaves
 from mhc_compile.passes.flow import NOOPS, Flow, Op, is_heavy_name
+from mhc_compile.passes.trace_patches import inlined_script_functions
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -36,17 +38,22 @@ class Call:
     """One call of a module: which operations made the tensors that went in and came out."""
 
     module: nn.Module
+    path: tuple[tuple[str, int], ...] = ()
     inputs: dict[LeafPath, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Recording:
-    """The data flow of one forward, the module calls in it, and what the model returned."""
+    """The data flow of one forward, the module calls in it, and what the model returned.
+
+    `reduced` tells that something was computed with fewer than 32 bits.
+    """
 
     flow: Flow
     calls: dict[tuple[str, int], Call]
     result: Any
+    reduced: bool = False
 
 
 class _Recorder(TorchDispatchMode):
@@ -59,24 +66,46 @@ class _Recorder(TorchDispatchMode):
         self.counts: dict[int, int] = {}
         self.node_of: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
         self.written: dict[int, int] = {}
-        self.fixed = {id(t) for t in [*model.parameters(), *model.buffers()]}
+        self.reduced = False
+        self.fixed: dict[int, tuple[int, ...]] = {id(t): () for t in model.buffers()}
+        self.fixed |= {id(t): (id(t),) for t in model.parameters()}
+        # What is made of parameters alone, with the parameters it is made of.
         self.fixed_values: Any = WeakIdKeyDictionary(ref_type=WeakIdRef)
 
     def source_of(self, tensor: Tensor) -> int | None:
-        """The operation that made a tensor; None for parameters and values made of them."""
+        """The operation that made a tensor; None for numbers, biases and what is made of them."""
         index = self.node_of.get(tensor)
         if index is not None:
-            return max(index, self.written.get(_storage(tensor), -1))
-        if id(tensor) in self.fixed or tensor in self.fixed_values:
-            return None
+            written = self.written.get(_storage(tensor), -1)
+            return index if written <= index else self._overwritten(tensor, index, written)
         if tensor.dim() == 0:  # a number that became a tensor
-            self.fixed_values[tensor] = True
+            self.fixed_values.setdefault(tensor, ())
+        weights = self.weights_of(tensor)
+        if weights is not None and tensor.dim() < 2:
             return None
-        op = Op(len(self.flow.ops), "input", (), shape=tuple(tensor.shape),
-                is_float=tensor.is_floating_point())  # fmt: skip
+        op = Op(len(self.flow.ops), "input" if weights is None else "parameter", (),
+                shape=tuple(tensor.shape), is_float=tensor.is_floating_point(),
+                weights=weights or (), fixed=weights is not None)  # fmt: skip
         self.flow.ops.append(op)
         self.node_of[tensor] = op.index
         return op.index
+
+    def _overwritten(self, tensor: Tensor, before: int, written: int) -> int:
+        """A tensor after a write in place, which may have gone through a view of a part of it."""
+        write = self.flow.ops[written]
+        if write.shape == tuple(tensor.shape):
+            return written
+        op = replace(write, index=len(self.flow.ops), name="overwritten", inputs=(before, written),
+                     operands=(before, written), shape=tuple(tensor.shape),
+                     shapes=(tuple(tensor.shape), write.shape), weights=())  # fmt: skip
+        self.flow.ops.append(op)
+        self.node_of[tensor] = op.index
+        return op.index
+
+    def weights_of(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """The parameters of which a fixed value is made; None if it depends on the inputs."""
+        known = self.fixed.get(id(tensor))
+        return self.fixed_values.get(tensor) if known is None else known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
@@ -87,19 +116,25 @@ class _Recorder(TorchDispatchMode):
         shapes = tuple(tuple(t.shape) for t in tensors)
         out = func(*args, **kwargs)
         results = tensor_leaves(out)
+        self.reduced |= any(t.is_floating_point() and t.element_size() < 4 for t in results)
         if not results:
             return out
         name = func._schema.name.split("::")[1]
         inputs = tuple(i for i in operands if i is not None)
-        if not inputs and name not in CREATORS:
+        made_of = [self.weights_of(t) for t in tensors]
+        weights = tuple(w for part in made_of for w in part or ())
+        fixed = None not in made_of and name not in CREATORS
+        if fixed:
             for tensor in results:
-                self.fixed_values[tensor] = True
-            return out
+                self.fixed_values[tensor] = weights
+            if not inputs:
+                return out
         op = Op(
             len(self.flow.ops), name, inputs, operands, shapes, tuple(results[0].shape),
-            results[0].is_floating_point(), heavy=is_heavy_name(name), noop=name in NOOPS,
+            results[0].is_floating_point(), heavy=is_heavy_name(name),
+            noop=name in NOOPS or _is_identity(name, args),
             path=tuple(self.stack), source=user_source(),
-            detail=_detail(name, args, kwargs, tensors),
+            weights=weights, fixed=fixed, detail=_detail(name, args, kwargs, tensors),
         )  # fmt: skip
         self.flow.ops.append(op)
         for tensor in results:
@@ -118,7 +153,7 @@ class _Recorder(TorchDispatchMode):
         self.counts[id(module)] = number = self.counts.get(id(module), 0) + 1
         self.stack.append((name, number))
         try:
-            record = self.calls[name, number] = Call(module)
+            record = self.calls[name, number] = Call(module, tuple(self.stack))
             for path, leaf in named_leaves(type(module).forward, args, kwargs):
                 if isinstance(leaf, Tensor) and (index := self.source_of(leaf)) is not None:
                     record.inputs[path] = index
@@ -146,7 +181,7 @@ def record_forward(model: nn.Module, args: Args, kwargs: Kwargs) -> Recording:
     """
     recorder = _Recorder(model)
     with torch.no_grad(), no_nested_tensor_fastpath(), force_eager():
-        with patched_module_call(recorder.call_module), recorder:
+        with patched_module_call(recorder.call_module), inlined_script_functions(), recorder:
             try:
                 result = model(*args, **kwargs)
             except Exception as error:
@@ -160,7 +195,7 @@ def record_forward(model: nn.Module, args: Args, kwargs: Kwargs) -> Recording:
             i for t in tensor_leaves(result) if (i := recorder.node_of.get(t)) is not None
         }
     flow.finish()
-    return Recording(flow, recorder.calls, result)
+    return Recording(flow, recorder.calls, result, recorder.reduced)
 
 
 @contextlib.contextmanager
@@ -169,7 +204,11 @@ def patched_module_call(handler: Callable[..., Any]) -> Iterator[None]:
     original = nn.Module.__call__
 
     def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return handler(original, module, args, kwargs)
+        return handler(call, module, args, kwargs)
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = compiled_module(module)
+        return original(module, *args, **kwargs) if inner is None else inner(*args, **kwargs)
 
     nn.Module.__call__ = __call__  # type: ignore[method-assign, assignment]
     try:
@@ -183,6 +222,16 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return -id(tensor)
+
+
+def _is_identity(name: str, args: Args) -> bool:
+    """Whether 0 is added or 1 multiplied; Python's sum() starts with 0 + x."""
+    other = args[1] if len(args) > 1 else None
+    if isinstance(other, Tensor):
+        number = other.dim() == 0 and other.device.type == "cpu" and not other.requires_grad
+        other = other.item() if number and other.numel() else None
+    neutral = {"add": 0, "sub": 0, "mul": 1, "div": 1}.get(name)
+    return neutral is not None and isinstance(other, int | float) and other == neutral
 
 
 def _detail(name: str, args: Args, kwargs: Kwargs, tensors: list[Tensor]) -> object:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,30 +13,6 @@ from torch import Tensor, nn
 
 from mhc_compile.errors import TraceError
 from mhc_compile.passes.value_proxy import ValueProxy, proxies_in
-
-
-@contextlib.contextmanager
-def side_effects_undone(block: nn.Module) -> Iterator[None]:
-    """Restores random state, buffers and attributes that running submodules may change."""
-    modules = list(block.modules())
-    attributes = [dict(m.__dict__) for m in modules]
-    inner = [{k: dict(v) for k, v in m.__dict__.items() if type(v) is dict} for m in modules]
-    buffers = [(b, b.detach().clone()) for b in block.buffers()]
-    devices = {b.device for b in [*block.parameters(), *block.buffers()] if b.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if buffer.device.type != "meta":
-                        buffer.copy_(before)
-            for module, before_dict, before_inner in zip(modules, attributes, inner, strict=True):
-                module.__dict__.clear()
-                module.__dict__.update(before_dict)
-                for key, value in before_inner.items():
-                    module.__dict__[key].clear()
-                    module.__dict__[key].update(value)
 
 
 def protected_copy(value: Any, memo: dict[int, Any], label: str) -> Any:
@@ -97,13 +72,17 @@ def patched_isinstance() -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched_factories(tracer: Any) -> Iterator[None]:
-    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only."""
-    names = ("ones", "zeros", "empty", "rand", "randn")
+    """Lets `torch.ones(t, t)` take proxies, which torch's parser does for a tuple of sizes only.
+
+    And `torch.from_numpy`, which torch function modes do not see.
+    """
+    names = ("ones", "zeros", "empty", "rand", "randn", "from_numpy")
     originals = {name: getattr(torch, name) for name in names}
 
     def factory(original: Callable[..., Any]) -> Callable[..., Any]:
         def make(*args: Any, **kwargs: Any) -> Any:
-            if tracer.paused or not proxies_in((args, kwargs)):
+            numpy = original.__name__ == "from_numpy"
+            if tracer.paused or not (numpy or proxies_in((args, kwargs))):
                 return original(*args, **kwargs)
             return tracer.create("call_function", original, args, kwargs)
 
@@ -119,29 +98,17 @@ def patched_factories(tracer: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def patched_autograd_apply(tracer: Any) -> Iterator[None]:
-    """Keeps a custom autograd.Function one node; tracing into it would drop its backward."""
-    original = torch.autograd.Function.__dict__["apply"]
+def inlined_script_functions() -> Iterator[None]:
+    """Runs functions of torch.jit.script as the Python that they were made of."""
+    kind: Any = torch.jit.ScriptFunction
+    original = kind.__call__
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if tracer.paused:
-            return original.__get__(None, cls)(*args, **kwargs)
-        return tracer.create("call_function", _applied(original.__get__(None, cls)), args, kwargs)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        python = getattr(self, "_torchdynamo_inline", None)
+        return (python or original.__get__(self, kind))(*args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    kind.__call__ = call
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-@functools.cache
-def _applied(bound: Any) -> Callable[..., Any]:
-    """An autograd.Function's apply as a plain function, which fx can write into code."""
-
-    def apply(*args: Any) -> Any:
-        return bound(*args)
-
-    apply.__name__ = f"{bound.__self__.__name__}_apply"
-    apply.__self__ = bound.__self__  # type: ignore[attr-defined]
-    return apply
+        kind.__call__ = original

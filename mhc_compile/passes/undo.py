@@ -1,51 +1,107 @@
-"""Atomic changes of a model."""
+"""Atomic changes of a model, and runs that leave no trace in it."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 
+class Snapshot:
+    """Classes, attributes, children, hooks, modes and buffers of a module and all inside it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self.classes = [type(m) for m in self.modules]
+        self.attributes = [dict(m.__dict__) for m in self.modules]
+        self.inner = [
+            (module, value, _items(value))
+            for module in self.modules for value in module.__dict__.values()
+            if isinstance(value, dict | list | set | collections.deque)
+        ]  # fmt: skip
+        self.buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for module, cls in zip(self.modules, self.classes, strict=True):
+            module.__class__ = cls
+        self._restore(set())
+
+    def restore_run(self) -> None:
+        """Puts back what a run changed; lazy modules stay what the run made of them."""
+        pairs = zip(self.modules, self.classes, strict=True)
+        self._restore({id(m) for m, cls in pairs if type(m) is not cls})
+
+    def _restore(self, without: set[int]) -> None:
+        for module, attributes in zip(self.modules, self.attributes, strict=True):
+            if id(module) not in without:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+        for module, value, before in self.inner:
+            # Left alone unless changed: it may be a frozen subclass of dict, as in diffusers.
+            if id(module) not in without and not _same_items(value, before):
+                value.clear()
+                (value.update if isinstance(value, dict | set) else value.extend)(before)
+        for buffer, values in self.buffers:
+            buffer.data.copy_(values)
+
+
 @contextlib.contextmanager
 def rehearsed(model: nn.Module) -> Iterator[None]:
-    """Runs a model for information only: buffers and random state are put back afterwards."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
-    tensors = [*model.parameters(), *model.buffers()]
-    devices = sorted({str(t.device) for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    """Runs a module for information only: its state and random numbers are put back afterwards."""
+    snapshot = Snapshot(model)
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            snapshot.restore_run()
+
+
+def remember_random_state(model: nn.Module) -> Callable[[], None]:
+    """Returns a function that puts the present random state back, so that a run can be repeated."""
+    host = torch.get_rng_state()
+    others = {device: torch.cuda.get_rng_state(device) for device in _cuda_devices(model)}
+
+    def restore() -> None:
+        torch.set_rng_state(host)
+        for device, state in others.items():
+            torch.cuda.set_rng_state(state, device)
+
+    return restore
+
+
+def _cuda_devices(model: nn.Module) -> list[str]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sorted({str(t.device) for t in tensors if t.device.type == "cuda"})
 
 
 @contextlib.contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Puts every module's class, attributes, children, hooks and mode back if the body raises."""
-    modules = list(model.modules())
-    classes = [type(m) for m in modules]
-    attributes = [dict(m.__dict__) for m in modules]
-    inner = [
-        {key: type(value)(value) for key, value in m.__dict__.items() if isinstance(value, dict)}
-        for m in modules
-    ]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    snapshot = Snapshot(model)
     try:
         yield
     except BaseException:
-        for module, cls, outer, dicts in zip(modules, classes, attributes, inner, strict=True):
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(outer)
-            for key, before in dicts.items():
-                current = module.__dict__[key]
-                current.clear()
-                current.update(before)
-        for buffer, values in buffers:
-            buffer.data.copy_(values)
+        snapshot.restore()
         raise
+
+
+def _items(container: Any) -> Any:
+    """What a container holds, in a plain one."""
+    for kind in (dict, set):
+        if isinstance(container, kind):
+            return kind(container)
+    return list(container)
+
+
+def _same_items(now: Any, before: Any) -> bool:
+    """Whether two containers hold the same objects (under the same keys) in the same order."""
+    if len(now) != len(before):
+        return False
+    if isinstance(before, dict):
+        return list(now) == list(before) and all(now[key] is v for key, v in before.items())
+    return all(a is b for a, b in zip(now, before, strict=True))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 
 class ValueProxy:
@@ -22,6 +23,12 @@ class ValueProxy:
         self._mhc_node = node
         self._mhc_tracer = tracer
         self._mhc_value = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_mhc_"):
+            object.__setattr__(self, name, value)
+        else:
+            self._mhc_tracer.create("call_function", setattr, (self, name, value), {}, effect=True)
 
     def __getattr__(self, name: str) -> Any:
         return self._mhc_tracer.read_attribute(self, name)
@@ -39,13 +46,7 @@ class ValueProxy:
         return tracer.create("call_function", func, args, kwargs or {})
 
     def __bool__(self) -> bool:
-        tracer = self._mhc_tracer
-        if type(self._mhc_value) is not bool:
-            if builtins.isinstance(self._mhc_value, Tensor):
-                tracer.fail_on_data("bool()")
-            return bool(tracer.create("call_function", operator.truth, (self,), {}))
-        tracer.guard(self._mhc_node, self._mhc_value)
-        return self._mhc_value
+        return bool(self._mhc_tracer.truth_of(self))
 
     def __index__(self) -> int:
         return self._mhc_tracer.index_of(self)
@@ -56,6 +57,17 @@ class ValueProxy:
     def __float__(self) -> float:
         return float(self._mhc_tracer.specialised(self, "float()"))
 
+    def __complex__(self) -> complex:
+        return complex(self._mhc_tracer.specialised(self, "complex()"))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self._mhc_tracer.create("call_function", round, (self, digits), {})
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        import numpy
+
+        return numpy.asarray(self._mhc_tracer.specialised(self, "a numpy array"), dtype)
+
     def __len__(self) -> int:
         length = self._mhc_tracer.create("call_function", len, (self,), {})
         return int(self._mhc_tracer.specialised(length, "len()"))
@@ -65,6 +77,9 @@ class ValueProxy:
 
     def __contains__(self, item: Any) -> bool:
         return bool(self._mhc_tracer.create("call_function", operator.contains, (self, item), {}))
+
+    def __delitem__(self, key: Any) -> None:
+        self._mhc_tracer.create("call_function", operator.delitem, (self, key), {}, effect=True)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self._mhc_tracer.create("call_function", operator.setitem, (self, key, value), {})
@@ -79,10 +94,14 @@ class ValueProxy:
         return id(self)
 
 
-def _operator(function: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
+def _operator(
+    function: Callable[..., Any], reflected: bool = False, on_number: Any = None
+) -> Callable[..., Any]:
     def method(self: ValueProxy, *others: Any) -> Any:
         args = (*others, self) if reflected else (self, *others)
-        return self._mhc_tracer.create("call_function", function, args, {})
+        number = on_number is not None and type(self._mhc_value) in (int, float, bool)
+        target = on_number if number else function
+        return self._mhc_tracer.create("call_function", target, args, {})
 
     return method
 
@@ -91,7 +110,11 @@ _REFLECTED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow"
               "xor", "lshift", "rshift")  # fmt: skip
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior")
 _OTHERS = ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "invert", "getitem")
-for _name in (*_REFLECTED, *_IN_PLACE, *_OTHERS):
+for _name in _IN_PLACE:
+    _plain = getattr(operator, f"__{_name[1:]}__")
+    _method = _operator(getattr(operator, f"__{_name}__"), on_number=_plain)
+    setattr(ValueProxy, f"__{_name}__", _method)
+for _name in (*_REFLECTED, *_OTHERS):
     setattr(ValueProxy, f"__{_name}__", _operator(getattr(operator, f"__{_name}__")))
 for _name in _REFLECTED:
     setattr(ValueProxy, f"__r{_name}__", _operator(getattr(operator, f"__{_name}__"), True))
@@ -114,14 +137,14 @@ def proxies_in(value: Any) -> list[ValueProxy]:
     """The proxies in nested containers and slices."""
     if type(value) is ValueProxy:
         return [value]
-    if type(value) in (tuple, list) or (
-        builtins.isinstance(value, tuple) and hasattr(value, "_fields")
-    ):
+    if builtins.isinstance(value, tuple) or type(value) is list:
         return [p for v in value for p in proxies_in(v)]
     if builtins.isinstance(value, dict):
         return [p for v in value.values() for p in proxies_in(v)]
     if type(value) is slice:
         return proxies_in((value.start, value.stop, value.step))
+    if hasattr(type(value), "__dataclass_fields__") and not builtins.isinstance(value, type):
+        return proxies_in(vars(value)) if hasattr(value, "__dict__") else []
     return []
 
 
@@ -137,4 +160,14 @@ def unwrapped(value: Any) -> Any:
         return {k: unwrapped(v) for k, v in value.items()}
     if type(value) is slice:
         return slice(*(unwrapped(v) for v in (value.start, value.stop, value.step)))
+    if proxies_in(value):  # a dataclass, or a dict with a class of its own
+        if builtins.isinstance(value, dict) and not hasattr(type(value), "__dataclass_fields__"):
+            return type(value)((k, unwrapped(v)) for k, v in value.items())
+        changed = copy.copy(value)
+        for name, part in list(vars(value).items()):
+            object.__setattr__(changed, name, unwrapped(part))
+        if builtins.isinstance(value, dict):
+            for key, part in value.items():
+                dict.__setitem__(changed, key, unwrapped(part))
+        return changed
     return value

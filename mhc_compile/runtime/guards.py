@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor, nn
 
 from mhc_compile.errors import TraceError
 
@@ -24,7 +28,11 @@ def check_value(value: Any, expected: Any, where: str, early: bool) -> None:
         GuardMismatch: they differ and `early`.
         TraceError: they differ and a part of the block has run.
     """
-    if value == expected:
+    if isinstance(value, Tensor):
+        value = bool(value) if isinstance(expected, bool) else value
+        if isinstance(expected, bool) and value == expected:
+            return
+    elif value == expected:
         return
     if early:
         raise GuardMismatch
@@ -32,3 +40,57 @@ def check_value(value: Any, expected: Any, where: str, early: bool) -> None:
         f"the code at {where} saw {expected!r} when the block was traced and {value!r} now; it "
         "depends on a result computed inside the block, so move it into a submodule"
     )
+
+
+@functools.cache
+def opened_check(kind: type) -> Callable[[nn.Module, bool, str], None]:
+    """A check of a submodule whose code is part of the graph.
+
+    The function's arguments are what has the submodule's name now, whether it had forward hooks
+    when it was traced, and how messages call it. It raises `GuardMismatch` if the submodule was
+    replaced by one of another class than `kind` or if hooks came or went, so that the block is
+    traced again; and `TraceError` if it has backward hooks, which cannot be called.
+    """
+
+    def check_opened(module: nn.Module, hooked: bool, name: str) -> None:
+        if type(module) is not kind:
+            raise GuardMismatch
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise TraceError(
+                f"{name!r} has a backward hook, but mhc_compile has merged that module into its "
+                "block; put the hook on one of its children or on the block"
+            )
+        if bool(module._forward_hooks or module._forward_pre_hooks) != hooked:
+            raise GuardMismatch
+
+    return check_opened
+
+
+def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Calls the forward pre-hooks of a module whose code is part of a graph."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            result = hook(module, args, kwargs)  # type: ignore[call-arg, arg-type]
+        else:
+            result = hook(module, args)  # type: ignore[call-arg]
+        _refuse_result(module, result)
+
+
+def run_forward_hooks(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
+    """Calls the forward hooks of a module whose code is part of a graph."""
+    for key, hook in list(module._forward_hooks.items()):
+        if key in module._forward_hooks_with_kwargs:
+            result = hook(module, args, kwargs, out)  # type: ignore[call-arg, arg-type]
+        else:
+            result = hook(module, args, out)
+        _refuse_result(module, result)
+
+
+def _refuse_result(module: nn.Module, result: Any) -> None:
+    if result is not None:
+        raise TraceError(
+            f"a hook of a {type(module).__name__} returns a value, but mhc_compile has merged that "
+            "module into its block; put the hook on one of its children or on the block"
+        )

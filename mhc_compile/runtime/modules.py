@@ -125,11 +125,11 @@ class HyperConnection(_Connection):
         if self.config.connection == "hc":
             return torch.cat([gates, torch.ones(n), torch.eye(n).flatten()])
         diagonal = torch.logit(torch.tensor(RES_DIAGONAL)) + torch.tensor(float(n - 1)).log()
-        pre = torch.logit((gates.double() - rule.pre_eps).clamp(1e-9, 1 - 1e-9))
+        pre = _gate_bias(gates, rule.pre_eps)
         post = torch.logit(
             torch.tensor([1 / rule.post_multiplier], dtype=torch.float64).clamp(max=0.99)
         )
-        return torch.cat([pre.float(), post.float().expand(n), (diagonal * torch.eye(n)).flatten()])
+        return torch.cat([pre, post.float().expand(n), (diagonal * torch.eye(n)).flatten()])
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns `pre: [..., n]`, `post: [..., n]` and `res: [..., n, n]` of the streams x."""
@@ -190,39 +190,92 @@ class HyperConnection(_Connection):
 class StreamCollapse(_Connection):
     """Joins the n streams into one tensor after the last sublayer.
 
-    "learned" starts from unequal weights that sum to 1: with equal ones the last H_res, whose
-    columns sum to 1, would have a gradient of exactly zero.
+    "learned" and "head" start from unequal weights that sum to 1: with equal ones the last H_res,
+    whose columns sum to 1, would have a gradient of exactly zero. Weights are float32 whatever the
+    streams' dtype. With one stream it hands that on and has no parameters.
 
     Args:
-        config: the design; its `collapse` and `streams` are used.
-        device: where the weight lives.
+        config: the design; its `collapse`, `streams` and, for "head", `init`, `norm_eps`,
+            `pre_eps` and `alpha_init` are used.
+        channels: C, the width of one stream; needed by "head" alone.
+        device: where the parameters live.
+
+    Attributes:
+        weight: `[n]` float32, of "learned" alone.
+        phi: `[n*C, n]` float32, of "head" alone, as are the next two.
+        alpha: `[1]` float32, the gate.
+        bias: `[n]` float32.
+
+    Raises:
+        ConfigError: "head" without channels.
 
     Example:
         >>> StreamCollapse(MHCConfig(streams=2))(torch.ones(3, 2, 8)).shape
         torch.Size([3, 8])
     """
 
-    def __init__(self, config: MHCConfig, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        config: MHCConfig,
+        channels: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
-        self.mode, self.streams = config.collapse, config.streams
-        self.scale = 1 / config.streams if config.init == "preserve" and self.mode == "sum" else 1.0
+        self.mode, self.config, n = config.collapse, config, config.streams
+        self._rule = config.rule
+        self.scale = 1 / n if config.init == "preserve" and self.mode == "sum" else 1.0
+        if n == 1:
+            return
         if self.mode == "learned":
-            self.weight = nn.Parameter(
-                torch.empty(config.streams, dtype=torch.float32, device=device)
-            )
-            self.reset_parameters()
+            self.weight = nn.Parameter(torch.empty(n, dtype=torch.float32, device=device))
+        elif self.mode == "head":
+            if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+                raise ConfigError(
+                    f"collapse='head' needs channels, an integer of at least 1, got {channels!r}"
+                )
+            phi = torch.empty(n * channels, n, dtype=torch.float32, device=device)
+            self.phi = nn.Parameter(phi)
+            self.alpha = nn.Parameter(torch.empty(1, dtype=torch.float32, device=device))
+            self.bias = nn.Parameter(torch.empty(n, dtype=torch.float32, device=device))
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the start."""
+        """Sets the start: weights that do not depend on the streams, except "head" with "paper"."""
+        if self.streams == 1:
+            return
+        weights = unequal_weights(self.streams)
         if self.mode == "learned":
-            self.weight.copy_(unequal_weights(self.streams))
+            self.weight.copy_(weights)
+        elif self.mode == "head":
+            self.phi.normal_(0, self.phi.shape[0] ** -0.5)
+            self.alpha.fill_(0.0 if self.config.init == "preserve" else self.config.alpha_init)
+            self.bias.copy_(_gate_bias(weights, self._rule.pre_eps))
+
+    @property
+    def streams(self) -> int:
+        """The number of streams, n."""
+        return self.config.streams
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `x: [..., n, C]` to `[..., C]` in x's dtype."""
+        if self.streams == 1:
+            return x.squeeze(-2)
         if self.mode == "learned":
             return reference.collapse_streams(x, self.weight)
+        if self.mode == "head":
+            rule = self._rule
+            weights = reference.head_weights(
+                x, self.phi, self.alpha, self.bias,
+                eps=rule.norm_eps, pre_eps=rule.pre_eps, place=rule.norm_eps_place,
+            )  # fmt: skip
+            return reference.collapse_streams(x, weights)
         return reference.collapse_streams(x, mode=self.mode) * self.scale
+
+    def extra_repr(self) -> str:
+        """Shows what the parameters' shapes do not."""
+        return f"streams={self.streams}, {self.mode!r}"
 
 
 def expand_streams(x: Tensor, n: int) -> Tensor:
@@ -238,3 +291,8 @@ def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None =
 def unequal_weights(n: int) -> Tensor:
     """Weights of n streams, `[n]` float32, that sum to 1 and fall by a factor of exp(-1/2)."""
     return torch.softmax(-0.5 * torch.arange(n, dtype=torch.float64), 0).float()
+
+
+def _gate_bias(gates: Tensor, pre_eps: float) -> Tensor:
+    """The biases, float32, for which `reference.pre_gate` gives these gates."""
+    return torch.logit((gates.double() - pre_eps).clamp(1e-9, 1 - 1e-9)).float()

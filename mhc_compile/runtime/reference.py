@@ -399,11 +399,13 @@ def head_weights(
     *,
     eps: float = 1e-6,
     pre_eps: float = 1e-6,
+    place: str = "inside",
 ) -> Tensor:
     """Computes DeepSeek-V4's learned weights for collapsing the streams after the last block.
 
     They are a pre map of their own: Eq. (14)-(17) with n columns, sigmoid(alpha vec(x) phi /
-    sqrt(mean square + eps) + bias) + pre_eps. Collapse with `apply_pre` or `collapse_streams`.
+    sqrt(mean square + eps) + bias) + pre_eps, as in `DeepseekV4HyperHead` of transformers.
+    Collapse with `apply_pre` or `collapse_streams`.
 
     Args:
         x: `[..., n, C]`.
@@ -412,6 +414,7 @@ def head_weights(
         bias: `[n]`.
         eps: of the norm divisor.
         pre_eps: added to the sigmoid.
+        place: of eps, see `norm_divisor`.
 
     Returns:
         `[..., n]` in float32, or float64 for float64 x.
@@ -431,7 +434,7 @@ def head_weights(
         if alpha.numel() != 1:
             raise MHCError(f"alpha must have one element, got shape {list(alpha.shape)}")
         alpha = alpha.reshape(()).to(_working_dtype(x))
-    normed = project_streams(x, phi) / norm_divisor(x, eps).unsqueeze(-1)
+    normed = project_streams(x, phi) / norm_divisor(x, eps, place=place).unsqueeze(-1)
     return pre_gate(alpha * normed + bias.to(normed.dtype), pre_eps)
 
 
@@ -456,6 +459,22 @@ def expand_streams(x: Tensor, n: int) -> Tensor:
     if x.dim() < 1:
         raise MHCError("x must have the shape [..., C], got a scalar")
     return x.unsqueeze(-2).repeat(*[1] * (x.dim() - 1), n, 1)
+
+
+def stack_parts(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Stacks the parts that a function gave for each stream: `[..., C]` to `[..., n, C]`.
+
+    Args:
+        results: one tuple a stream.
+
+    Returns:
+        One tensor a part, streams in its last axis but one.
+
+    Example:
+        >>> stack_parts([(torch.ones(2),), (torch.zeros(2),)])[0].tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
+    """
+    return tuple(torch.stack(parts, -2) for parts in zip(*results, strict=True))
 
 
 def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None = None) -> Tensor:

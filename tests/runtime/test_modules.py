@@ -1,5 +1,7 @@
 """`HyperConnection` and `StreamCollapse`, for models written with mHC from the start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import normal
@@ -131,6 +133,79 @@ def test_collapse_of_copies(n, mode, init):
     torch.testing.assert_close(got, factor * x, rtol=1e-6, atol=1e-6)
 
 
+def head_of(n, **kwargs):
+    torch.manual_seed(n)
+    return StreamCollapse(mc.MHCConfig(streams=n, collapse="head", **kwargs), C)
+
+
+@pytest.mark.parametrize("convention", [c for c in mc.CONVENTIONS if c != "tilekernels"])
+@pytest.mark.parametrize("n", STREAMS)
+@torch.no_grad()
+def test_a_head_starts_with_unequal_gates_that_sum_to_one(n, convention):
+    head = head_of(n, convention=convention)
+    x = normal(2, C, seed=n)
+    torch.testing.assert_close(head(mc.expand_streams(x, n)), x, rtol=1e-6, atol=1e-6)
+    gates = head(torch.eye(n).unsqueeze(-1).expand(n, n, C))[:, 0]  # stream i of token i is 1
+    torch.testing.assert_close(gates, unequal_weights(n), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_head_with_init_paper_depends_on_the_streams():
+    x = normal(5, 4, C)
+    gates = [head_of(4, init=init)(x).sub(StreamCollapse(mc.MHCConfig(streams=4))(x)).abs().max()
+             for init in ("preserve", "paper")]  # fmt: skip
+    assert gates[0] < 1e-5 < 1e-4 < gates[1] < 0.1  # alpha is 0, and 0.01
+
+
+@torch.no_grad()
+def test_a_head_weighs_the_streams_by_the_equation():
+    head = head_of(3, convention="deepseek_v4", norm_eps=0.5, pre_eps=0.25)
+    head.alpha.fill_(0.7)
+    head.bias.copy_(normal(3, seed=1))
+    x = normal(3, C, seed=2)
+    normed = x.flatten() / (x.square().mean() + 0.5).sqrt()
+    gates = torch.sigmoid(0.7 * (normed @ head.phi) + head.bias) + 0.25
+    torch.testing.assert_close(head(x), sum(gates[i] * x[i] for i in range(3)))
+    head._rule = replace(head._rule, norm_eps_place="outside")
+    gates = torch.sigmoid(0.7 * (x.flatten() @ head.phi) / (x.square().mean().sqrt() + 0.5)
+                          + head.bias) + 0.25  # fmt: skip
+    torch.testing.assert_close(head(x), sum(gates[i] * x[i] for i in range(3)))
+
+
+def test_gradients_of_a_head():
+    head = head_of(3, convention="deepseek_v4").double()
+    with torch.no_grad():
+        head.alpha.fill_(0.8)
+    names, values = zip(*head.named_parameters(), strict=True)
+    assert names == ("phi", "alpha", "bias")
+    x = normal(2, 3, C, seed=1).double().requires_grad_()
+
+    def run(x, *parameters):
+        return torch.func.functional_call(head, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *values))
+    run(x, *values).square().sum().backward()
+    assert all(p.grad.abs().max() > 1e-6 for p in values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_head_keeps_the_streams_dtype_and_computes_in_float32(dtype):
+    head = head_of(4, convention="deepseek_v4", init="paper")
+    x = normal(2, 4, C).to(dtype)
+    got = head(x)
+    assert got.dtype == dtype
+    exact = head.double()(x.double())
+    # One rounding to bfloat16 at the end; float32 parameters otherwise.
+    close = 2**-8 if dtype is torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got.double(), exact, rtol=close, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [None, 0, 2.0, True])
+def test_a_head_needs_the_channels(channels):
+    with pytest.raises(ConfigError, match="channels, an integer"):
+        StreamCollapse(mc.MHCConfig(collapse="head"), channels)
+
+
 def test_collapse_weights_tell_streams_apart():
     x = torch.eye(3).unsqueeze(-1)  # stream i of token i is 1
     got = StreamCollapse(mc.MHCConfig(streams=3))(x)[:, 0]
@@ -192,3 +267,4 @@ def test_a_model_written_with_connections_trains():
 
 def test_extra_repr_names_the_design():
     assert "channels=6, streams=2, 'mhc', 'paper'" in repr(connection_of(2))
+    assert repr(head_of(3)) == "StreamCollapse(streams=3, 'head')"

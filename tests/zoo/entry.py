@@ -25,6 +25,7 @@ class Entry:
         generate: which ways of `generate()` with a cache the model supports; empty if none.
         refused: (regular expression of a reason, number of sites refused), where the honest answer
             for some residuals is no; the accepted ones are those in `sites`.
+        no_reference: why the lock-step reference cannot follow the model, if it cannot.
         loose: a factor on tolerances, with the reason beside the entry, for models whose own
             arithmetic amplifies rounding (e.g. top-k routing on near ties).
     """
@@ -39,3 +40,4 @@ class Entry:
     generate: tuple[str, ...] = ()
     refused: tuple[str, int] | None = None
     loose: float = 1.0
+    no_reference: str = ""

@@ -1,0 +1,225 @@
+"""Changes that traced code makes outside its modules: globals, closures, containers in them."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import gc
+import os
+import sys
+import types
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mhc_compile._torch_compat import is_internal
+from mhc_compile.errors import TraceError
+from mhc_compile.passes.tracer import Tracer
+
+_MUTATORS = frozenset({
+    "append", "extend", "add", "update", "setdefault", "pop", "popleft", "appendleft", "insert",
+    "clear", "remove", "discard", "popitem", "sort", "reverse",
+})  # fmt: skip
+_CONTAINERS = (list, dict, set, deque)
+_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_MOST = 10_000
+
+
+@dataclass
+class _Watched:
+    """A name outside a function, what it held before, and how to read and restore it."""
+
+    name: str
+    kind: str
+    code: types.CodeType
+    holder: Any
+    key: Any
+    before: Any
+    contents: Any = None
+
+    def now(self) -> Any:
+        """What the name holds now."""
+        if self.kind == "container":
+            return self.before
+        if self.kind == "closure":
+            return self.holder.cell_contents
+        if self.kind == "attribute":
+            return vars(self.holder).get(self.key)
+        return self.holder.get(self.key)
+
+    def changed(self) -> bool:
+        """Whether the trace changed it; a flag that became True only notes that it was done."""
+        value = self.now()
+        if value is not self.before:
+            return not (self.before is False and value is True)
+        return self.contents is not None and _identities(value) != _identities(self.contents)
+
+    def restore(self) -> None:
+        """Puts the old value or contents back."""
+        if self.contents is not None:
+            if builtins.isinstance(self.before, list | deque):
+                self.before.clear()
+                self.before.extend(self.contents)
+            else:
+                self.before.clear()
+                self.before.update(self.contents)
+        if self.now() is not self.before:
+            if self.kind == "closure":
+                self.holder.cell_contents = self.before
+            elif self.kind == "attribute":
+                setattr(self.holder, self.key, self.before)
+            else:
+                self.holder[self.key] = self.before
+
+
+class PythonEffects:
+    """Looks at every user function that the traced code enters, before it runs.
+
+    Functions that run inside a submodule's call are left alone: that call is repeated.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+        self.codes: dict[int, types.CodeType] = {}
+        self.found: list[_Watched] = []
+
+    def __enter__(self) -> PythonEffects:
+        self.previous = sys.getprofile()
+        # A collection would run callbacks and finalisers, which are no part of the traced code.
+        self.collects = gc.isenabled()
+        gc.disable()
+        sys.setprofile(self._on_event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self.previous)
+        if self.collects:
+            gc.enable()
+        for watched in self.found:
+            if watched.changed():
+                watched.restore()
+
+    def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event != "call" or self.tracer.paused:
+            return
+        code = frame.f_code
+        if id(code) in self.codes:
+            return
+        self.codes[id(code)] = code
+        if is_user_code(code.co_filename):
+            self.found += _watched(frame, code)
+
+    def check(self) -> None:
+        """Raises `TraceError` for the first change that a graph would not repeat."""
+        for watched in self.found:
+            if watched.changed():
+                line = _changing_line(watched.code, watched.name, watched.key)
+                what = {"closure": "variable of an outer function",
+                        "container": "variable of an outer function",
+                        "attribute": "attribute"}.get(watched.kind, "global")  # fmt: skip
+                raise TraceError(
+                    f"{self.tracer.label} changes the {what} {watched.name!r} at "
+                    f"{watched.code.co_filename}:{line}, which a graph does not repeat; return the "
+                    "value, or keep it in a buffer or an attribute of the module"
+                )
+
+    def line_of_attribute(self, name: str) -> str:
+        """The line of traced code that changes the container in an attribute."""
+        for code in self.codes.values():
+            if is_user_code(code.co_filename) and name in code.co_names:
+                return f"{code.co_filename}:{_changing_line(code, name, name)}"
+        return "an unknown line"
+
+
+def is_user_code(filename: str, modules: bool = True) -> bool:
+    """Whether a file is neither torch's, Python's nor this library's own.
+
+    torch's layers count as user code if `modules`.
+    """
+    if not modules and filename.startswith(os.path.dirname(nn.__file__)):
+        return False
+    if is_internal(filename) or filename.startswith("<"):
+        return False
+    return not filename.startswith(_STANDARD_LIBRARY) or "-packages" + os.sep in filename
+
+
+def _watched(frame: types.FrameType, code: types.CodeType) -> Iterator[_Watched]:
+    stored = {"STORE_GLOBAL": set(), "STORE_DEREF": set(), "STORE_ATTR": set()}  # type: ignore[var-annotated]
+    loaded: set[str] = set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in stored:
+            stored[instruction.opname].add(instruction.argval)
+        elif instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            loaded.add(instruction.argval)
+    scope = frame.f_globals
+    for name in stored["STORE_GLOBAL"]:
+        yield _Watched(name, "global", code, scope, name, scope.get(name))
+    for name in loaded:
+        value = scope.get(name)
+        if builtins.isinstance(value, _CONTAINERS) and len(value) < _MOST:
+            yield _Watched(name, "global", code, scope, name, value, _copy(value))
+        elif stored["STORE_ATTR"] and hasattr(value, "__dict__"):
+            if not builtins.isinstance(value, nn.Module | Tensor | types.ModuleType):
+                for key in stored["STORE_ATTR"] & set(vars(value)):
+                    before = vars(value)[key]
+                    yield _Watched(f"{name}.{key}", "attribute", code, value, key, before)
+    # A comprehension's free variables are locals of the function around it, or watched there.
+    for name in () if code.co_name.startswith("<") else code.co_freevars:
+        value = frame.f_locals.get(name)
+        if builtins.isinstance(value, _CONTAINERS) and len(value) < _MOST:
+            yield _Watched(name, "container", code, None, name, value, _copy(value))
+        elif name in stored["STORE_DEREF"]:
+            cell = _cell(frame, code, name)
+            if cell is not None:
+                yield _Watched(name, "closure", code, cell, name, value)
+
+
+def _cell(frame: types.FrameType, code: types.CodeType, name: str) -> Any:
+    """The cell of a free variable, found on the function that is called."""
+    for function in gc.get_referrers(code):
+        if builtins.isinstance(function, types.FunctionType) and function.__closure__:
+            cell = function.__closure__[code.co_freevars.index(name)]
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                continue
+            if frame.f_locals.get(name) is value:
+                return cell
+    return None
+
+
+def _changing_line(code: types.CodeType, name: str, key: Any) -> int:
+    """The line of a function that changes what a name holds, else the last that mentions it."""
+    line = found = code.co_firstlineno
+    lines: dict[int, list[dis.Instruction]] = {}
+    for instruction in dis.get_instructions(code):
+        line = instruction.starts_line or line
+        lines.setdefault(line, []).append(instruction)
+    names = {name, key, str(name).split(".")[-1]}
+    for line, instructions in lines.items():
+        if not any(i.argval in names for i in instructions if builtins.isinstance(i.argval, str)):
+            continue
+        found = line
+        for i in instructions:
+            stores = i.opname.startswith(("STORE_", "DELETE_")) and (
+                i.argval in names or i.opname.endswith("SUBSCR")
+            )
+            if stores or i.argval in _MUTATORS:
+                return line
+    return found
+
+
+def _identities(value: Any) -> list[Any]:
+    if builtins.isinstance(value, dict):
+        return [(id(k), id(v)) for k, v in value.items()]
+    items = [id(v) for v in value]
+    return sorted(items) if builtins.isinstance(value, set) else items
+
+
+def _copy(value: Any) -> Any:
+    if builtins.isinstance(value, dict):
+        return dict(value)
+    return set(value) if builtins.isinstance(value, set) else list(value)
