@@ -30,7 +30,7 @@ def add_guards(traced: TracedBlock) -> None:
             copies[node].meta["guard"] = True
         return copies[node]
 
-    _check_opened(traced, start)
+    _check_opened(traced)
     attributes = [guard for guard in traced.guards if guard[0].op == "get_attr"]
     others = [guard for guard in traced.guards if guard[0].op != "get_attr"]
     for node, value, source in [*attributes, *others]:
@@ -47,14 +47,21 @@ def add_guards(traced: TracedBlock) -> None:
                 graph.get_attr("training").meta["value"] = False
 
 
-def _check_opened(traced: TracedBlock, start: fx.Node) -> None:
-    """Checks that submodules which were traced into are still of the same class."""
+def _check_opened(traced: TracedBlock) -> None:
+    """Checks that submodules which were traced into are still of the same class.
+
+    Outer ones come first, and all before anything inside them is looked up: what has their name
+    now, such as a linear layer whose LoRA was merged, may have no such attributes.
+    """
     graph = traced.graph
     nodes = {n.target: n for n in graph.nodes if n.op == "get_attr"}
-    for name, (kind, hooked, _) in traced.opened.items():
-        with graph.inserting_before(start):
-            check = graph.call_function(opened_check(kind), (nodes[name], hooked, name))
-        check.meta["effect"] = check.meta["guard"] = True
+    position = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    for name in sorted(traced.opened, key=lambda name: name.count(".")):
+        kind, hooked, _ = traced.opened[name]
+        position.append(nodes[name])
+        with graph.inserting_after(nodes[name]):
+            position = graph.call_function(opened_check(kind), (nodes[name], hooked, name))
+        position.meta["effect"] = position.meta["guard"] = True
 
 
 def _size_source(reader: fx.Node, node: fx.Node) -> fx.Node:
