@@ -182,7 +182,13 @@ def _is_vector(node: fx.Node) -> bool:
 def _name(node: fx.Node) -> str:
     if node.op not in ("call_function", "call_method"):
         return node.op
+    if node.target is operator.getitem and _is_sequence(node.args[0]):
+        return "part"  # one of several results, not a slice of a tensor
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
+
+
+def _is_sequence(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("value"), tuple | list)
 
 
 def _tensor_arguments(node: fx.Node) -> list[fx.Node]:

@@ -210,24 +210,35 @@ def _candidate(flow: Flow, op: Op) -> Candidate | None:
     terms = _terms(flow, op)
     if terms is None:
         return None
-    inner: list[int] = []
-    found = _pick_skip(flow, op, terms)
-    if found is None and op.name in ADDS:
-        flat: list[int] = []
-        for term in terms:
-            below = None
-            if len(flow.readers[term]) == 1 and flow.ops[term].name in ADDS:
-                below = _terms(flow, flow.ops[term])
-            flat += below or [term]
-            inner += [term] if below else []
-        found = _pick_skip(flow, op, flat) if inner else None
-        terms = flat
-    if found is None:
-        return None
-    term, way, skip, reason = found
-    branch = list(terms)
-    branch.remove(term)
-    return Candidate(op.index, skip, term, tuple(branch), way, absorbed=tuple(inner), reason=reason)
+    last_resort = None
+    inner: tuple[int, ...] = ()
+    while True:
+        found = _pick_skip(flow, op, terms)
+        if found is not None:
+            term, way, skip, reason = found
+            branch = list(terms)
+            branch.remove(term)
+            candidate = Candidate(op.index, skip, term, tuple(branch), way, False, inner, reason)
+            if reason != PARTS:
+                return candidate
+            last_resort = last_resort or candidate  # slices inside a sublayer look like these
+        flat, opened = _flattened(flow, op, terms)
+        if not opened:
+            return last_resort
+        terms, inner = flat, inner + opened
+
+
+def _flattened(flow: Flow, op: Op, terms: list[int]) -> tuple[list[int], tuple[int, ...]]:
+    """The terms of a sum with inner sums that nothing else reads taken apart, and those sums."""
+    flat: list[int] = []
+    opened: list[int] = []
+    for term in terms:
+        below = None
+        if op.name in ADDS and len(flow.readers[term]) == 1 and flow.ops[term].name in ADDS:
+            below = _terms(flow, flow.ops[term])
+        flat += below or [term]
+        opened += [term] if below else []
+    return flat, tuple(opened)
 
 
 def _product_candidate(flow: Flow, op: Op) -> Candidate | None:

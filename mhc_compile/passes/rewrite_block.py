@@ -210,9 +210,7 @@ def collapse_stream(work: BlockGraph) -> None:
     joined.meta["value"] = tail.meta.get("value")
     for user in users:
         user.replace_input_with(tail, joined)
-    for erased, node in list(work.replaced.items()):
-        if node is tail:
-            work.replaced[erased] = joined
+    work.replaced[tail] = joined
 
 
 def read_streams(work: BlockGraph) -> None:

@@ -612,6 +612,47 @@ class Sums(Model):
     by_hand = InRoot.by_hand
 
 
+class Branches(nn.Module):
+    """A sublayer module that returns the branches of a parallel block, for the caller to add."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = mlp()[0], nn.Linear(WIDTH, 2 * WIDTH), mlp()
+
+    def forward(self, x):
+        a, b = self.up(self.norm(x)).chunk(2, -1)
+        return a, self.down(b.tanh()), a.sigmoid()
+
+
+class ParallelBranches(Model):
+    """Three branches of one state, added at once, one after another, or in place."""
+
+    depth = 3
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.ModuleList(Branches() for _ in range(self.depth))
+
+    def forward(self, x):
+        a, b, c = self.f[0](x)
+        x = x + a + b + c
+        a, b, c = self.f[1](x)
+        x = x + a
+        x = b + x
+        x = x + c
+        a, b, c = self.f[2](x)
+        x = x + a
+        x += b
+        x += c
+        return self.head(x)
+
+    def by_hand(self, loop, x):
+        streams = [x] * N
+        for k, f in enumerate(self.f):
+            streams = loop.step(f"mhc.{k}", streams, lambda h, f=f: sum(f(h)))
+        return self.head(loop.collapse("mhc", streams))
+
+
 class TwoTowers(Model):
     """Two streams that start from one value."""
 
@@ -629,6 +670,31 @@ class TwoTowers(Model):
             for weight, streams in zip(weights, (a, b), strict=True)
         )
         return self.head(a * b.sigmoid())
+
+
+class Forked(Model):
+    """Two streams start where the first one ends, behind a module that changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.identity = nn.Identity()
+
+    def forward(self, x):
+        x = x + self.f[0](x)
+        x = self.identity(x + self.f[1](x))
+        a, b = x + self.f[2](x), x + self.f[3](x)
+        return self.head(a * b.sigmoid())
+
+    def by_hand(self, loop, x):
+        x = loop.step("mhc.1", loop.step("mhc.0", [x] * N, self.f[0]), self.f[1])
+        x = self.joined(loop, 0, x)
+        a, b = (loop.step(f"mhc.{k}", [x] * N, self.f[k]) for k in (2, 3))
+        return self.head(self.joined(loop, 1, a) * self.joined(loop, 2, b).sigmoid())
+
+    @staticmethod
+    def joined(loop, k, streams):
+        weight = loop.state[f"mhc.collapse{k}.weight"]
+        return sum(w * s for w, s in zip(weight, streams, strict=True))
 
 
 class Decomposed(Model):
@@ -704,7 +770,8 @@ PATTERNS = (
     Pattern(Squeezed, (2,)), Pattern(Reversible, (2, 2)), Pattern(Packed, (3,)),
     Pattern(AverageOfStates, (3,)), Pattern(ReadTwice, (4,)), Pattern(ScaledByModule, (4,)),
     Pattern(CubicHead, (4,)), Pattern(Joined, (2, 2, 2)), Pattern(Lerps, (2,)), Pattern(Sums, (4,)),
-    Pattern(TwoTowers, (2, 2)), Pattern(Decomposed, (4,)),
+    Pattern(TwoTowers, (2, 2)), Pattern(Decomposed, (4,)), Pattern(ParallelBranches, (3,)),
+    Pattern(Forked, (2, 1, 1)),
 )  # fmt: skip
 by_name = pytest.mark.parametrize("pattern", PATTERNS, ids=[p.model.__name__ for p in PATTERNS])
 
