@@ -1,0 +1,1 @@
+"""Triton kernels: what a kernel is for, its source text, loading it, and calling it."""

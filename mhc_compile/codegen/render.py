@@ -1,0 +1,29 @@
+"""Turns a `KernelSpec` into the text of a Triton kernel."""
+
+from __future__ import annotations
+
+import functools
+
+import jinja2
+
+from mhc_compile.codegen.sinkhorn_plan import sinkhorn_plan
+from mhc_compile.codegen.spec import DTYPES, KernelSpec
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("mhc_compile.codegen"), trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+
+
+def render(spec: KernelSpec) -> str:
+    """The source of a module with one kernel, `kernel`; the same text for the same spec."""
+    template = _environment().get_template(f"{spec.op}.py.jinja")
+    return template.render(
+        spec=spec, n=spec.streams, C=spec.channels, K=spec.maps, KP=spec.columns,
+        BT=spec.tile.tokens, BC=spec.tile.width, PARTS=spec.tile.parts, SPAN=spec.span,
+        STAGES=spec.tile.stages, ragged=spec.ragged, dtype=DTYPES[spec.dtype],
+        streams=range(spec.streams), rule=spec.rule, plan=sinkhorn_plan(spec),
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""What one generated kernel is for: everything that its source text depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+
+from mhc_compile.conventions import Convention
+from mhc_compile.errors import MHCError
+
+OPS = (
+    "split_phi", "mix", "gates", "pre", "pre_backward", "gates_backward", "apply_backward",
+    "phi_backward", "seam_once",
+)  # fmt: skip
+DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
+PRODUCTS = ("split", "bf16", "tf32x3", "tf32")
+NORMS = ("none", "rms", "layer")
+TARGETS = ("cuda", "hip", "interpret")
+MAX_STREAMS = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work of one kernel is cut up.
+
+    Attributes:
+        tokens: tokens a program works on at a time, a power of two.
+        width: channels a program works on at a time, a power of two.
+        parts: programs that share the channels of one token tile.
+        warps: warps of a program.
+        stages: depth of the software pipeline.
+    """
+
+    tokens: int
+    width: int = 1
+    parts: int = 1
+    warps: int = 4
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel: the operation, its sizes and types, and how its work is cut up.
+
+    Attributes:
+        op: a name in `OPS`, which is also that of the template.
+        streams: n.
+        channels: C, channels of one stream.
+        dtype: of streams, sublayer results and their gradients: "bf16", "fp16" or "fp32".
+        products: how vec(x) @ phi is computed. "split": phi as the sum of two bf16 numbers
+            (relative error of phi below 2**-16), exact bf16 products, float32 sums; "bf16": phi in
+            bf16 alone; "tf32x3" and "tf32": as in Triton, on float32 operands.
+        tile: see `Tile`.
+        rule: the numerical axes; only "gates" kernels depend on it.
+        mix: the streams are mixed first, y = res x + post f ("mix", "apply_backward").
+        read: products ("mix") or the gradients of a read ("apply_backward") are part of it.
+        norm: the norm of the next sublayer, done with the read ("pre", "pre_backward").
+        weight: that norm has a weight.
+        shift: that norm has a shift.
+        target: "cuda", "hip" or "interpret" (Triton's interpreter on a CPU).
+    """
+
+    op: str
+    streams: int
+    channels: int
+    dtype: str
+    tile: Tile
+    products: str = "split"
+    rule: Convention = field(default_factory=lambda: Convention("paper"))
+    mix: bool = False
+    read: bool = False
+    norm: str = "none"
+    weight: bool = False
+    shift: bool = False
+    target: str = "cuda"
+
+    def __post_init__(self) -> None:
+        """Checks each field; the kernels themselves check nothing."""
+        for name, value, allowed in (
+            ("op", self.op, OPS), ("dtype", self.dtype, tuple(DTYPES)),
+            ("products", self.products, PRODUCTS), ("norm", self.norm, NORMS),
+            ("target", self.target, TARGETS),
+        ):  # fmt: skip
+            if value not in allowed:
+                raise MHCError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise MHCError(f"streams must be 1 to {MAX_STREAMS}, got {self.streams!r}")
+        if self.channels < 1:
+            raise MHCError(f"channels must be at least 1, got {self.channels!r}")
+        if self.products in ("split", "bf16") and self.dtype != "bf16":
+            raise MHCError(f"products={self.products!r} needs dtype 'bf16', got {self.dtype!r}")
+        for name, value in (("tokens", self.tile.tokens), ("width", self.tile.width)):
+            if value < 1 or value & (value - 1):
+                raise MHCError(f"tile.{name} must be a power of two, got {value!r}")
+
+    @property
+    def maps(self) -> int:
+        """Columns of phi: n pre, n post and n * n res."""
+        return self.streams * (self.streams + 2)
+
+    @property
+    def columns(self) -> int:
+        """`maps` padded for the matrix units: a power of two of at least 16."""
+        return max(16, 1 << (self.maps - 1).bit_length())
+
+    @property
+    def span(self) -> int:
+        """Channels that one of `tile.parts` programs works on, a multiple of `tile.width`."""
+        return math.ceil(self.channels / (self.tile.parts * self.tile.width)) * self.tile.width
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some channel tiles stick out, so that loads need a mask."""
+        return self.span * self.tile.parts != self.channels
+
+    @property
+    def row(self) -> int:
+        """C padded to a power of two, for programs that hold whole rows."""
+        return 1 << (self.channels - 1).bit_length()
+
+    def to_json(self) -> str:
+        """All fields, for the header of the source and for hashing."""
+        fields = asdict(self)
+        fields["rule"] = {k: v for k, v in fields["rule"].items() if k != "alpha_init"}
+        return json.dumps(fields, sort_keys=True)
+
+    @property
+    def key(self) -> str:
+        """The first 16 hexadecimal digits of the SHA-256 of all fields."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
