@@ -37,6 +37,9 @@ class _Call:
         self.tokens = math.prod(self.lead)
         self.dtype, self.device = x.dtype, x.device
         self.maps = self.n * (self.n + 2)
+        self.programs = 2
+        if x.is_cuda:
+            self.programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
         target = "interpret" if not x.is_cuda else "hip" if torch.version.hip else "cuda"
         name = _NAMES[x.dtype]
         products = products or ("split" if name == "bf16" else "tf32x3")
@@ -93,18 +96,23 @@ class _Call:
         self.run(spec, grid, phi.contiguous(), high, low, self.tokens)
         return high, low
 
-    def mix(
+    def mix(self, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        """y = res x + post f."""
+        spec = self.spec("mix")
+        y = torch.empty_like(x)
+        self.run(spec, (self.tiles(spec) * spec.tile.parts,), x, f, post, res, y, self.tokens)
+        return y
+
+    def project(
         self, x: Tensor, f: Tensor | None, post: Tensor | None, res: Tensor | None,
-        phi: tuple[Tensor, Tensor | None] | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """y = res x + post f where f is given, and the partial products where phi is."""
-        spec = self.spec("mix", mix=f is not None, read=phi is not None)
+        phi: tuple[Tensor, Tensor | None],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The partial products `[parts, maps + 1, tokens]` of y = res x + post f, or of x."""
+        spec = self.spec("project", mix=f is not None)
         parts = spec.tile.parts
         y = torch.empty_like(x) if f is not None else x
-        partial = self.empty(parts, self.maps + 1, self.tokens) if phi is not None else None
-        high, low = phi or (None, None)
-        self.run(spec, (self.tiles(spec) * parts,), x, f, post, res, high, low, y, partial,
-                 self.tokens)  # fmt: skip
+        partial = self.empty(parts, self.maps + 1, self.tokens)
+        self.run(spec, (self.tiles(spec) * parts,), x, f, post, res, *phi, y, partial, self.tokens)
         return y, partial
 
     def gates(self, partial: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -180,11 +188,39 @@ class _Call:
         g_x = torch.empty_like(x)
         g_f = torch.empty_like(f) if f is not None else None
         dots = self.empty(parts, self.n * (self.n + 1), self.tokens) if f is not None else None
-        programs = self.tiles(spec) * parts
+        programs = min(self.tiles(spec) * parts, self.programs)
+        products = None
+        if read is not None:
+            products = self.empty(programs, spec.tile.tokens * self.n * spec.tile.width,
+                                  dtype=self.dtype)  # fmt: skip
         self.run(spec, (programs,), x, f, post, res, g_y, pre, g_h,
-                 *(p if p is None else p[1] for p in phi), *dh, scale, g_x, g_f, dots,
+                 *(p if p is None else p[1] for p in phi), *dh, scale, g_x, g_f, dots, products,
                  self.tokens)  # fmt: skip
         return g_x, g_f, None if dots is None else dots.sum(0)
+
+    def read_backward(
+        self, y: Tensor, g_y: Tensor | None, pre: Tensor, g_h: Tensor, phi: Any, dh: Any,
+        scale: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The gradient of the streams that were read, added to g_y."""
+        spec = self.spec("read_backward", carry=g_y is not None)
+        g = torch.empty_like(y)
+        high, low = (p if p is None else p[1] for p in phi)
+        self.run(spec, (self.tiles(spec) * spec.tile.parts,), y, g_y, pre, g_h, high, low, *dh,
+                 scale, g, self.tokens)  # fmt: skip
+        return g
+
+    def mix_backward(
+        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g_x, g_f and the gradients of res and post, `[n*n + n, tokens]`."""
+        spec = self.spec("mix_backward")
+        parts = spec.tile.parts
+        g_x, g_f = torch.empty_like(x), torch.empty_like(f)
+        dots = self.empty(parts, self.n * (self.n + 1), self.tokens)
+        self.run(spec, (self.tiles(spec) * parts,), x, f, post, res, g_y, g_x, g_f, dots,
+                 self.tokens)  # fmt: skip
+        return g_x, g_f, dots.sum(0)
 
     def phi_backward(self, y: Tensor, dh: tuple[Tensor, Tensor | None]) -> Tensor:
         """The gradient of phi, `[nC, maps]`; each group of tokens writes its share."""
@@ -204,11 +240,10 @@ def seam(
     """`ops.seam` on a GPU: mix with products, gates, pre with norm."""
     call = _Call(x, Convention.from_key(rule))
     n, c = call.n, call.channels
-    y, partial = call.mix(
+    y, partial = call.project(
         call.flat(x, n, c), call.flat(f, c), call.by_component(post, n),
         call.by_component(res, n * n), call.split_phi(phi),
     )  # fmt: skip
-    assert partial is not None
     pre, post, res, proj, square = call.gates(partial, alpha, bias)
     h = call.pre(y, pre, weight, shift, norm, norm_eps)
     return (y.view(x.shape), h.view(f.shape), call.by_token(pre, n), call.by_token(post, n),

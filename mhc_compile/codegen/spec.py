@@ -11,8 +11,8 @@ from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
 OPS = (
-    "split_phi", "mix", "gates", "pre", "pre_backward", "gates_backward", "apply_backward",
-    "phi_backward", "seam_once",
+    "split_phi", "mix", "project", "gates", "pre", "pre_backward", "gates_backward", "apply_backward",
+    "read_backward", "mix_backward", "phi_backward", "seam_once",
 )  # fmt: skip
 DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 PRODUCTS = ("split", "bf16", "tf32x3", "tf32")
@@ -31,6 +31,7 @@ class Tile:
         parts: programs that share the channels of one token tile.
         warps: warps of a program.
         stages: depth of the software pipeline.
+        inner: channels of one matrix product, a power of two.
     """
 
     tokens: int
@@ -38,6 +39,7 @@ class Tile:
     parts: int = 1
     warps: int = 4
     stages: int = 1
+    inner: int = 64
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class KernelSpec:
             bf16 alone; "tf32x3" and "tf32": as in Triton, on float32 operands.
         tile: see `Tile`.
         rule: the numerical axes; only "gates" kernels depend on it.
-        mix: the streams are mixed first, y = res x + post f ("mix", "apply_backward").
-        read: products ("mix") or the gradients of a read ("apply_backward") are part of it.
+        mix: the streams are mixed first, y = res x + post f ("project", "apply_backward").
+        read: the gradients of a read are part of it ("apply_backward").
         norm: the norm of the next sublayer, done with the read ("pre", "pre_backward").
         weight: that norm has a weight.
         shift: that norm has a shift.
@@ -71,6 +73,7 @@ class KernelSpec:
     rule: Convention = field(default_factory=lambda: Convention("paper"))
     mix: bool = False
     read: bool = False
+    carry: bool = False
     norm: str = "none"
     weight: bool = False
     shift: bool = False

@@ -20,11 +20,12 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "split_phi":
         return Tile(1, min(256, short))
     if spec.op == "mix":
-        if not spec.read:
-            width = min(512, short)
-            return Tile(4, width, math.ceil(c / width), 4)
+        width = min(512, short)
+        return Tile(4, width, math.ceil(c / width), 4)
+    if spec.op == "project":
         width = max(16, min(64, short))
-        return Tile(16, width, _parts(c, width, 8), 2, 2)
+        parts = min(8, math.ceil(c / width))
+        return Tile(16, width, parts, 2, 2) if spec.mix else Tile(64, width, parts, 4, 3)
     if spec.op in ("gates", "gates_backward"):
         tokens = 8 if n <= 4 else 4
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
@@ -38,12 +39,14 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
             return Tile(1, short, 1, 8 if c > 2560 else 4)
         return Tile(2, min(512, short), 1, 4)
     if spec.op == "apply_backward":
+        width = max(16, min(256, short))
+        return Tile(32, width, math.ceil(c / width), 4, 2)
+    if spec.op == "read_backward":
         width = max(16, min(32, short))
-        return Tile(16, width, _parts(c, width, math.ceil(c / 256)), 1)
+        return Tile(16, width, math.ceil(c / 256), 1, 2)
+    if spec.op == "mix_backward":
+        width = min(256, short)
+        return Tile(4, width, math.ceil(c / width), 4)
     assert spec.op == "phi_backward"
     return Tile(32, max(16, min(64, 1 << (n * c - 1).bit_length())), 1, 4, 2)
 
-
-def _parts(channels: int, width: int, most: int) -> int:
-    """Programs that share a token tile: no more than there are channel tiles."""
-    return max(1, min(most, math.ceil(channels / width)))
