@@ -1,0 +1,48 @@
+"""How the work of each kernel is cut up, by its sizes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from mhc_compile.codegen.spec import KernelSpec, Tile
+
+
+def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
+    """The tile of a kernel; `tokens` matters by its order of magnitude alone.
+
+    Args:
+        spec: the kernel; `spec.tile.parts` counts where the parts come from another kernel.
+        tokens: how many tokens there are.
+    """
+    c, n = spec.channels, spec.streams
+    short = 1 << (c - 1).bit_length()
+    if spec.op == "split_phi":
+        return Tile(1, min(256, short))
+    if spec.op == "mix":
+        if not spec.read:
+            width = min(512, short)
+            return Tile(4, width, math.ceil(c / width), 4)
+        width = max(16, min(64, short))
+        return Tile(16, width, _parts(c, width, 8), 2, 2)
+    if spec.op in ("gates", "gates_backward"):
+        return replace(spec.tile, tokens=32, width=1, warps=1, stages=1)
+    if spec.op == "pre":
+        if spec.norm != "none":
+            return Tile(1, short, 1, 8 if c > 2560 else 4)
+        width = min(512, short)
+        return Tile(4, width, math.ceil(c / width), 4)
+    if spec.op == "pre_backward":
+        if spec.norm != "none":
+            return Tile(1, short, 1, 8 if c > 2560 else 4)
+        return Tile(2, min(512, short), 1, 4)
+    if spec.op == "apply_backward":
+        width = max(16, min(32, short))
+        return Tile(16, width, _parts(c, width, math.ceil(c / 256)), 1)
+    assert spec.op == "phi_backward"
+    return Tile(32, max(16, min(64, 1 << (n * c - 1).bit_length())), 1, 4, 2)
+
+
+def _parts(channels: int, width: int, most: int) -> int:
+    """Programs that share a token tile: no more than there are channel tiles."""
+    return max(1, min(most, math.ceil(channels / width)))
