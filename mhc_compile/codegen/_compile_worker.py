@@ -20,10 +20,11 @@ def main() -> None:
 
     kernel = runpy.run_path(job["source"])["kernel"]
     types = job["signature"]
+    pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
     source = ASTSource(
         fn=kernel, signature=types, constexprs={},
         # Tensors of torch start at multiples of 16 bytes, as a launch would find out.
-        attrs={(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t[0] == "*"},
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )  # fmt: skip
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget(*job["target"]), options=job["options"])

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mhc_compile.codegen.render import render
 from mhc_compile.codegen.signature import signature
@@ -129,12 +130,10 @@ def compile_ahead(spec: KernelSpec, target: str, limit: float = 120.0) -> Compil
         binary = Path(directory) / "binary"
         binary.write_bytes(base64.b64decode(result["binary"]))
         measured = _read_amd(binary) if chosen.backend == "hip" else _read_nvidia(binary)
-    return Compiled(
-        spec, target, shared=result["shared"], seconds=result["seconds"], **measured
-    )  # type: ignore[arg-type]
+    return Compiled(spec, target, shared=result["shared"], seconds=result["seconds"], **measured)
 
 
-def _run(job: dict[str, object], directory: str, limit: float, what: str) -> str:
+def _run(job: dict[str, Any], directory: str, limit: float, what: str) -> str:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": directory, "TRITON_ALWAYS_COMPILE": "1"}
     process = subprocess.Popen(
@@ -164,7 +163,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 def _counts(
     operations: Iterable[str], local: str, matrix: str, load: str, store: str, wide: str
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Counts instructions; each kind is a regular expression that their names begin with."""
     found = Counter(operations)
 
@@ -181,7 +180,7 @@ def _counts(
     }
 
 
-def _read_nvidia(binary: Path) -> dict[str, object]:
+def _read_nvidia(binary: Path) -> dict[str, Any]:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", str(binary)))
     assert usage is not None
     code = _tool("nvdisasm", "-c", str(binary))
@@ -196,7 +195,7 @@ def _read_nvidia(binary: Path) -> dict[str, object]:
     return {"registers": int(usage[1]), "stack": int(usage[2]), **counted}
 
 
-def _read_amd(binary: Path) -> dict[str, object]:
+def _read_amd(binary: Path) -> dict[str, Any]:
     code = binary.read_text()
 
     def field(name: str) -> int:

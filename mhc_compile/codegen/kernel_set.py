@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import resources
+from typing import Any
 
 from mhc_compile.codegen.spec import OPS, KernelSpec, Tile
 from mhc_compile.codegen.tiles import choose_tile
@@ -11,7 +12,7 @@ from mhc_compile.conventions import Convention
 
 # The seam, forward and backward, and what stands at the ends of a stream: a read without a mix
 # before it, a mix without a read after it.
-_VARIANTS: dict[str, tuple[dict[str, bool | str], ...]] = {
+_VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "mix": ({"mix": True, "read": True}, {"read": True}, {"mix": True}),
     "pre": ({"norm": "rms", "weight": True}, {}),
     "pre_backward": ({"norm": "rms", "weight": True}, {}),
@@ -54,7 +55,7 @@ def kernel_set(
         for fields in _VARIANTS.get(op, ({},))[: 1 if seam_only else None]:
             spec = KernelSpec(
                 op, streams, channels, dtype, Tile(16), products, target=target, **fields,
-            )  # type: ignore[arg-type]  # fmt: skip
+            )  # fmt: skip
             if op.startswith("gates") and rule is not None:
                 spec = replace(spec, rule=rule)
             specs.append(replace(spec, tile=choose_tile(spec, tokens)))

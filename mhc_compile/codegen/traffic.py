@@ -84,7 +84,7 @@ def traffic(spec: KernelSpec, tokens: int) -> Traffic:
 
 
 def bytes_per_token(spec: KernelSpec) -> int:
-    """Bytes read and written for each token; what a launch moves whatever its tokens is left out."""
+    """Bytes read and written for each token, without what is the same for any number of them."""
     return sum(a.slice_bytes for side in _sides(spec) for a in side if a.each == "tokens")
 
 
@@ -121,7 +121,7 @@ def count_traffic(tensors: dict[str, torch.Tensor]) -> Iterator[Counted]:
     builder: Any = interpreter.InterpreterBuilder
     names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
     starts = np.array([tensors[name].data_ptr() for name in names], dtype=np.uint64)
-    seen: dict[str, dict[str, list[Any]]] = {"read": defaultdict(list), "written": defaultdict(list)}
+    seen = {side: defaultdict[str, list[Any]](list) for side in ("read", "written")}
     counted = Counted()
 
     def note(side: str, pointers: Any, mask: Any) -> None:
@@ -168,9 +168,9 @@ def count_traffic(tensors: dict[str, torch.Tensor]) -> Iterator[Counted]:
             total[name] = np.unique(np.concatenate(chunks)).size * tensors[name].itemsize
 
 
-# Other designs, as (a, b) for (a n + b) C elements a token and seam, forward and backward. The bound
-# and the paper's kernels: arXiv 2512.24880, section 4.3.1 and table 2; the others: read off their
-# public code in autumn 2026, TransformerEngine and Liger with what autograd adds, without the norm.
+# Other designs, as (a, b) for (a n + b) C elements a token and seam, forward and backward.
+# The bound and the paper's kernels: arXiv 2512.24880, section 4.3.1 and table 2. The others: read
+# off their public code, without the sublayer's norm, with what autograd adds.
 _DESIGNS: tuple[tuple[str, tuple[int, int], tuple[int, int] | None], ...] = (
     ("bound: each tensor read once, written once", (2, 2), (3, 3)),
     ("the paper's three kernels", (4, 2), None),
@@ -205,8 +205,8 @@ def seam_table(specs: Iterable[KernelSpec]) -> str:
     def cell(units: tuple[int, int] | None) -> str:
         return f"({units[0]}n + {units[1]})C = {units[0] * n + units[1]}C" if units else ""
 
-    rows = [(name, cell(forward), cell(backward)) for name, forward, backward in _DESIGNS]
-    ours = seam_units(specs)
-    rows.append((f"these kernels, C = {specs[0].channels}", *(f"{units:.2f}C" for units in ours)))
+    rows = [(name, cell(first), cell(second)) for name, first, second in _DESIGNS]
+    forward, backward = (f"{units:.2f}C" for units in seam_units(specs))
+    rows.append((f"these kernels, C = {specs[0].channels}", forward, backward))
     headers = (f"elements a token and seam, n = {n}", "forward", "backward")
     return tabulate(rows, headers, tablefmt="github")
