@@ -40,18 +40,26 @@ def test_golden(name):
 
 
 ALL = """
+from mhc_compile.codegen.cache import load
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.render import render
-print("".join(render(spec) + spec.key for spec in kernel_set(3, 96)))
+specs = kernel_set(3, 96)
+print("".join(render(spec) + spec.key for spec in specs))
+kernel = load(specs[0])
+print(type(kernel).__name__, kernel.src[4:10])
 """
 
 
-def test_text_does_not_depend_on_the_hash_seed():
-    texts = [
-        subprocess.run(
-            [sys.executable, "-c", ALL], text=True, check=True, capture_output=True,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-        ).stdout
+def test_processes_agree(tmp_path, monkeypatch):
+    """The text does not depend on the hash seed, and without the interpreter it loads as well."""
+    monkeypatch.setenv("MHC_COMPILE_CACHE", str(tmp_path / "kernels"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ALL], text=True, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONHASHSEED": seed, "TRITON_INTERPRET": "0"},
+        )
         for seed in ("1", "2")
     ]  # fmt: skip
+    texts = [process.communicate(timeout=120)[0] for process in processes]
     assert texts[0] == texts[1] and texts[0].count("def kernel(") >= len(OPS) - 1
+    assert texts[0].endswith("JITFunction kernel\n")

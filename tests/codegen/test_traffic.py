@@ -6,10 +6,12 @@ import pytest
 import torch
 from run_kernel import arguments_for, run_kernel
 
+from mhc_compile.codegen.interpreter import interpreting
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.traffic import count_traffic, seam_table, seam_units, traffic
 from mhc_compile.errors import MHCError
 
+pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is off")
 SIZES = [(4, 64, "bf16", 20), (2, 50, "fp32", 33), (1, 24, "fp16", 3), (3, 80, "bf16", 17)]
 SPECS = [
     (spec, tokens)
@@ -50,7 +52,7 @@ def test_streams_are_read_once():
 
 
 def test_access_outside_is_noticed():
-    spec = replace(kernel_set(2, 32, target="interpret")[0])
+    spec = kernel_set(2, 32, target="interpret")[0]
     tensors = arguments_for(spec, 1)
     short = tensors | {"phi": tensors["phi"][:, :16]}
     with pytest.raises(Exception, match="outside of its tensors"):
