@@ -2,8 +2,8 @@
 
 The interpreter holds bfloat16 numbers as uint16. Through triton 3.8 it truncates where it should
 round to nearest even, and adds, multiplies and compares the bit patterns as integers.
-`mend_bfloat16` replaces those operations; sums and running sums are taken in float32 and rounded
-once, which is more exact than on a GPU. Atomics on bfloat16 stay wrong: they raise.
+`mend` replaces those operations; sums and running sums are taken in float32 and rounded once, which
+is more exact than on a GPU. Atomics on bfloat16 stay wrong: they raise.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def rounded(values: Any) -> Any:
 
 
 @functools.cache
-def mend_bfloat16() -> None:
+def mend() -> None:
     """Patches Triton's interpreter for the rest of this process."""
     from triton.runtime import interpreter
 
@@ -126,6 +126,14 @@ def mend_bfloat16() -> None:
 
         return reduce
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, *rest: Any) -> None:
+        patch_tensor(tensor, *rest)
+        # range() over a tensor: triton 3.6 needs a numpy that turns arrays of one into numbers.
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    setattr(interpreter, "_patch_lang_tensor", patch)
     replace(interpreter.ReduceOps, "sum")(reduction("sum"))
     replace(interpreter.ScanOps, "cumsum")(reduction("cumsum"))
     setattr(builder, "get_bf16", lambda self, value: narrow(np.array([value], np.float32)))
@@ -160,5 +168,5 @@ def run(spec: KernelSpec, grid: tuple[int, ...], **values: torch.Tensor | float 
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise MHCError(f"kernel {spec.op!r} has {', '.join(names)}; it has no {unknown[0]!r}")
-    mend_bfloat16()
+    mend()
     load(spec)[grid](*(values.get(name) for name in names))

@@ -28,8 +28,8 @@ Written by `make aot`, with triton {triton}; do not edit. bf16 streams and produ
 bf16 numbers; tiles for 8192 tokens. Registers and stack bytes (spilled registers) of one thread,
 shared memory of one program in KiB, loads and stores of global memory in the code and how many of
 them move 16 bytes, seconds in Triton. A fault is a spill, more shared memory than the target has,
-or a product without matrix instructions. "gates" kernels do the same work for any C, and the kernels
-at the ends of a stream (a read without a mix, a mix without a read, no norm) stand for one C.
+or a product without matrix instructions. "gates" kernels do the same work for any C and are listed
+for one, as are the kernels at the ends of a stream (a read alone, a mix alone, no norm).
 """
 
 
@@ -92,13 +92,11 @@ def write_table() -> str:
         "kernel", "n", "C", "target", "registers", "stack", "shared", "matrix instructions",
         "loads (16 B)", "stores (16 B)", "s",
     )  # fmt: skip
-    listed = "\n".join(f"- {fault}" for fault in faults) or "none"
-    TABLE.write_text(
-        HEADER.format(triton=triton.__version__)
-        + f"\n{len(rows)} compiled, {len(faults)} with faults.\n\n## Faults\n\n{listed}\n\n## All\n\n"
-        + tabulate(rows, columns, tablefmt="github", disable_numparse=True)
-        + "\n"
-    )
+    text = HEADER.format(triton=triton.__version__)
+    text += f"\n{len(rows)} compiles, {len(faults)} with faults.\n\n## Faults\n\n"
+    text += "\n".join(f"- {fault}" for fault in faults) or "none"
+    text += "\n\n## All\n\n" + tabulate(rows, columns, tablefmt="github", disable_numparse=True)
+    TABLE.write_text(text + "\n")
     return "\n".join(faults)
 
 

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mhc_compile.codegen.interpreter import interpreting, mend_bfloat16, rounded, widened
+from mhc_compile.codegen.interpreter import interpreting, mend, rounded, widened
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is off")
 B = torch.bfloat16
@@ -17,7 +17,7 @@ SPECIAL = [
 
 @pytest.fixture(autouse=True, scope="module")
 def mended():
-    mend_bfloat16()
+    mend()
 
 
 def numbers(count, dtype=torch.float32):
