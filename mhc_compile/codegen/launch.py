@@ -83,10 +83,10 @@ class _Call:
     # --- one method a kernel --------------------------------------------------------------
 
     def split_phi(self, phi: Tensor) -> tuple[Tensor, Tensor | None]:
-        """phi as `[n, columns, C]`: bf16 high and low parts, or float32."""
+        """phi as `[n, columns, C]` and `[n, C, columns]`: bf16 high and low parts, or float32."""
         spec = self.spec("split_phi")
         narrow = spec.products in ("split", "bf16")
-        shape = (self.n, spec.columns, self.channels)
+        shape = (2, self.n * spec.columns * self.channels)
         high = self.empty(*shape, dtype=torch.bfloat16 if narrow else torch.float32)
         low = torch.empty_like(high) if spec.products == "split" else None
         grid = (math.ceil(self.channels / spec.tile.width), self.n)
@@ -180,8 +180,9 @@ class _Call:
         g_x = torch.empty_like(x)
         g_f = torch.empty_like(f) if f is not None else None
         dots = self.empty(parts, self.n * (self.n + 1), self.tokens) if f is not None else None
-        self.run(spec, (self.tiles(spec) * parts,), x, f, post, res, g_y, pre, g_h, *phi, *dh,
-                 scale, g_x, g_f, dots, self.tokens)  # fmt: skip
+        self.run(spec, (self.tiles(spec) * parts,), x, f, post, res, g_y, pre, g_h,
+                 *(p if p is None else p[1] for p in phi), *dh, scale, g_x, g_f, dots,
+                 self.tokens)  # fmt: skip
         return g_x, g_f, None if dots is None else dots.sum(0)
 
     def phi_backward(self, y: Tensor, dh: tuple[Tensor, Tensor | None]) -> Tensor:
