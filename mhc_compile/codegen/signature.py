@@ -84,12 +84,13 @@ _FLOATS: dict[str, Callable[[KernelSpec], Dims]] = {
 # Operands of products: phi, see the template "split_phi", and the gradients of the projections.
 _PRODUCTS: dict[str, Callable[[KernelSpec], Dims]] = {
     "high": lambda s: (s.streams, s.columns, s.channels),
-    "phi_high": lambda s: (s.streams, s.columns, s.channels),
+    "phi_high": lambda s: (s.streams, s.channels, s.columns),
     "dh_high": lambda s: ("tokens", s.columns),
 }
 _SCALARS = {"tokens": "i32", "group_tokens": "i32", "eps": "fp32"}
 # Names that mean something else in one kernel.
 _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
+    ("split_phi", "high"): lambda s: (2, s.streams, s.columns, s.channels),
     ("gates_backward", "high"): lambda s: ("tokens", s.columns),
     ("gates_backward", "g_pre"): lambda s: (s.tile.parts, s.streams, "tokens"),
 }

@@ -14,34 +14,41 @@ def kernel(partial, alpha, bias, pre, post, res, proj, square, tokens):
     inside = rows < tokens
     rows = tl.minimum(rows, tokens - 1)
     wide = rows.to(tl.int64)[:, None]
-
+    column = tl.arange(0, 16)[None, :]
+    place = column * step + rows[:, None]
     total = tl.load(partial + 8 * step + rows)
+    product = tl.load(partial + place, mask=column < 8, other=0.0)
+    for part in range(1, 1):
+        partial += 9 * step
+        total += tl.load(partial + 8 * step + rows)
+        product += tl.load(partial + place, mask=column < 8, other=0.0)
     tl.store(square + rows, total, mask=inside)
+    tl.store(proj + place, product, mask=inside[:, None] & (column < 8))
     inverse = tl.rsqrt(total / 128 + 1e-06)
-    total = tl.load(partial + 0 * step + rows)
-    tl.store(proj + 0 * step + rows, total, mask=inside)
-    tl.store(pre + 0 * step + rows, tl.sigmoid(total * inverse * tl.load(alpha + 0) + tl.load(bias + 0)) + 1e-06, mask=inside)
-    total = tl.load(partial + 1 * step + rows)
-    tl.store(proj + 1 * step + rows, total, mask=inside)
-    tl.store(pre + 1 * step + rows, tl.sigmoid(total * inverse * tl.load(alpha + 0) + tl.load(bias + 1)) + 1e-06, mask=inside)
-    total = tl.load(partial + 2 * step + rows)
-    tl.store(proj + 2 * step + rows, total, mask=inside)
-    tl.store(post + 0 * step + rows, 2.0 * tl.sigmoid(total * inverse * tl.load(alpha + 1) + tl.load(bias + 2)), mask=inside)
-    total = tl.load(partial + 3 * step + rows)
-    tl.store(proj + 3 * step + rows, total, mask=inside)
-    tl.store(post + 1 * step + rows, 2.0 * tl.sigmoid(total * inverse * tl.load(alpha + 1) + tl.load(bias + 3)), mask=inside)
-    total = tl.load(partial + 4 * step + rows)
-    tl.store(proj + 4 * step + rows, total, mask=inside)
-    z00 = total * inverse * tl.load(alpha + 2) + tl.load(bias + 4)
-    total = tl.load(partial + 5 * step + rows)
-    tl.store(proj + 5 * step + rows, total, mask=inside)
-    z01 = total * inverse * tl.load(alpha + 2) + tl.load(bias + 5)
-    total = tl.load(partial + 6 * step + rows)
-    tl.store(proj + 6 * step + rows, total, mask=inside)
-    z10 = total * inverse * tl.load(alpha + 2) + tl.load(bias + 6)
-    total = tl.load(partial + 7 * step + rows)
-    tl.store(proj + 7 * step + rows, total, mask=inside)
-    z11 = total * inverse * tl.load(alpha + 2) + tl.load(bias + 7)
+    alpha_post = tl.where(column < 4, tl.load(alpha + 1), tl.load(alpha + 2))
+    alphas = tl.where(column < 2, tl.load(alpha), alpha_post)
+    biases = tl.load(bias + column, mask=column < 8, other=0.0)
+    normed = product * inverse[:, None]
+    logit = normed * alphas + biases
+    gate = tl.sigmoid(logit)
+    tl.store(pre + place, gate + 1e-06, mask=inside[:, None] & (column < 2))
+    here = inside[:, None] & (column >= 2) & (column < 4)
+    tl.store(post + place - 2 * step, 2.0 * gate, mask=here)
+    logit0, logit1 = tl.split(tl.reshape(logit, (32, 8, 2)))
+    logit00, logit01 = tl.split(tl.reshape(logit0, (32, 4, 2)))
+    logit000, logit001 = tl.split(tl.reshape(logit00, (32, 2, 2)))
+    logit0010, logit0011 = tl.split(tl.reshape(logit001, (32, 1, 2)))
+    z00 = tl.reshape(logit0010, (32,))
+    logit010, logit011 = tl.split(tl.reshape(logit01, (32, 2, 2)))
+    logit0110, logit0111 = tl.split(tl.reshape(logit011, (32, 1, 2)))
+    z10 = tl.reshape(logit0110, (32,))
+    logit10, logit11 = tl.split(tl.reshape(logit1, (32, 4, 2)))
+    logit100, logit101 = tl.split(tl.reshape(logit10, (32, 2, 2)))
+    logit1010, logit1011 = tl.split(tl.reshape(logit101, (32, 1, 2)))
+    z01 = tl.reshape(logit1010, (32,))
+    logit110, logit111 = tl.split(tl.reshape(logit11, (32, 2, 2)))
+    logit1110, logit1111 = tl.split(tl.reshape(logit111, (32, 1, 2)))
+    z11 = tl.reshape(logit1110, (32,))
     top = tl.maximum(z00, z01)
     total = tl.exp(z00 - top) + tl.exp(z01 - top)
     top += tl.log(total)
@@ -73,7 +80,11 @@ def kernel(partial, alpha, bias, pre, post, res, proj, square, tokens):
         col0 = col0 / (total + 1e-06)
         total = col1 * (e01 * row0 + e11 * row1)
         col1 = col1 / (total + 1e-06)
-    tl.store(res + 0 * step + rows, row0 * e00 * col0, mask=inside)
-    tl.store(res + 2 * step + rows, row0 * e01 * col1, mask=inside)
-    tl.store(res + 1 * step + rows, row1 * e10 * col0, mask=inside)
-    tl.store(res + 3 * step + rows, row1 * e11 * col1, mask=inside)
+    m00 = row0 * e00 * col0
+    m10 = row0 * e01 * col1
+    m01 = row1 * e10 * col0
+    m11 = row1 * e11 * col1
+    zero = tl.zeros((32,), tl.float32)
+    matrix = tl.reshape(tl.join(tl.join(m00, m10), tl.join(m01, m11)), (32, 4))
+    entry = tl.arange(0, 4)[None, :]
+    tl.store(res + entry * step + rows[:, None], matrix, mask=inside[:, None] & (entry < 4))

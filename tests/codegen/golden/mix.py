@@ -22,7 +22,6 @@ def kernel(x, f, post, res, high, low, y, partial, tokens):
     inside = rows < tokens
     rows = tl.minimum(rows, tokens - 1)
     wide = rows.to(tl.int64)[:, None]
-
     columns = tl.arange(0, 16)
     sums = tl.zeros((16, 16), tl.float32)
     square = tl.zeros((16,), tl.float32)

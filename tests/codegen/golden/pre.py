@@ -15,7 +15,6 @@ def kernel(x, pre, weight, shift, h, tokens, eps):
     inside = rows < tokens
     rows = tl.minimum(rows, tokens - 1)
     wide = rows.to(tl.int64)[:, None]
-
     channel = part * 64 + tl.arange(0, 64)
     place = wide * 128 + channel[None, :]
     value = tl.load(pre + rows)[:, None] * tl.load(x + place).to(tl.float32)
