@@ -9,11 +9,18 @@ import triton.language as tl
 
 @triton.jit
 def kernel(partial, alpha, bias, pre, post, res, proj, square, tokens):
+    begin = tl.cast(tl.program_id(0), tl.int64) * 32
     step = tl.cast(tokens, tl.int64)
-    rows = tl.program_id(0) * 32 + tl.arange(0, 32)
-    inside = rows < tokens
-    rows = tl.minimum(rows, tokens - 1)
-    wide = rows.to(tl.int64)[:, None]
+    rows = tl.arange(0, 32)
+    inside = rows < step - begin
+    rows = tl.minimum(rows, tl.cast(step - begin - 1, tl.int32))
+    wide = rows[:, None]
+    partial += begin
+    pre += begin
+    post += begin
+    res += begin
+    proj += begin
+    square += begin
     column = tl.arange(0, 16)[None, :]
     place = column * step + rows[:, None]
     total = tl.load(partial + 8 * step + rows)

@@ -17,11 +17,18 @@ def _rounded(value):
 def kernel(x, f, post, res, high, low, y, partial, tokens):
     part = tl.program_id(0) % 2
     tile = tl.program_id(0) // 2
+    begin = tl.cast(tile, tl.int64) * 16
     step = tl.cast(tokens, tl.int64)
-    rows = tile * 16 + tl.arange(0, 16)
-    inside = rows < tokens
-    rows = tl.minimum(rows, tokens - 1)
-    wide = rows.to(tl.int64)[:, None]
+    rows = tl.arange(0, 16)
+    inside = rows < step - begin
+    rows = tl.minimum(rows, tl.cast(step - begin - 1, tl.int32))
+    wide = rows[:, None]
+    x += begin * 144
+    f += begin * 72
+    y += begin * 144
+    post += begin
+    res += begin
+    partial += begin
     columns = tl.arange(0, 16)
     sums = tl.zeros((16, 16), tl.float32)
     square = tl.zeros((16,), tl.float32)

@@ -10,11 +10,15 @@ import triton.language as tl
 def kernel(x, pre, weight, shift, h, tokens, eps):
     part = 0
     tile = tl.program_id(0)
+    begin = tl.cast(tile, tl.int64) * 1
     step = tl.cast(tokens, tl.int64)
-    rows = tile * 1 + tl.arange(0, 1)
-    inside = rows < tokens
-    rows = tl.minimum(rows, tokens - 1)
-    wide = rows.to(tl.int64)[:, None]
+    rows = tl.arange(0, 1)
+    inside = rows < step - begin
+    rows = tl.minimum(rows, tl.cast(step - begin - 1, tl.int32))
+    wide = rows[:, None]
+    x += begin * 128
+    h += begin * 64
+    pre += begin
     channel = part * 64 + tl.arange(0, 64)
     place = wide * 128 + channel[None, :]
     value = tl.load(pre + rows)[:, None] * tl.load(x + place).to(tl.float32)
