@@ -7,7 +7,10 @@ import triton.language as tl
 
 from mhc_compile.codegen.interpreter import interpreting, mend, rounded, widened
 
-pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is off")
+pytestmark = [
+    pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is off"),
+    pytest.mark.filterwarnings("ignore:(overflow|divide by zero) encountered"),
+]
 B = torch.bfloat16
 SPECIAL = [
     0.0, -0.0, 1.0, 1.00390625, 1.01171875, 1.9999999, -3.3333333, 3.4e38, -3.4e38, 1e-40, 1e-45,
