@@ -19,25 +19,15 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
 
 
-def _entries(streams: int, name: str, transposed: bool = False) -> list[str]:
-    """The names of a matrix's entries, row by row (of its transpose: column by column)."""
-    pairs = [(a, b) for a in range(streams) for b in range(streams)]
-    return [f"{name}{b}{a}" if transposed else f"{name}{a}{b}" for a, b in pairs]
-
-
-def _padded(names: list[str]) -> list[str]:
-    """Names filled up with "zero" to a power of two."""
-    return names + ["zero"] * ((1 << (len(names) - 1).bit_length()) - len(names))
-
-
 def render(spec: KernelSpec) -> str:
     """The source of a module with one kernel, `kernel`; the same text for the same spec."""
+    plan = sinkhorn_plan(spec)
     template = _environment().get_template(f"{spec.op}.py.jinja")
     text = template.render(
         spec=spec, n=spec.streams, C=spec.channels, K=spec.maps, KP=spec.columns,
         BT=spec.tile.tokens, BC=spec.tile.width, PARTS=spec.tile.parts, SPAN=spec.span,
         STAGES=spec.tile.stages, ragged=spec.ragged, dtype=DTYPES[spec.dtype],
-        streams=range(spec.streams), rule=spec.rule, plan=sinkhorn_plan(spec),
-        entries=functools.partial(_entries, spec.streams), padded=_padded,
+        streams=range(spec.streams), rule=spec.rule, plan=plan, log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
+        NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip
     return re.sub(r"\n(?:[ ]*\n)+(?=    )", "\n", text).rstrip() + "\n"  # macros leave empty lines

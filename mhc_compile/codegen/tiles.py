@@ -26,7 +26,8 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         width = max(16, min(64, short))
         return Tile(16, width, _parts(c, width, 8), 2, 2)
     if spec.op in ("gates", "gates_backward"):
-        return replace(spec.tile, tokens=32, width=1, warps=1, stages=1)
+        tokens = 8 if n <= 4 else 4
+        return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
     if spec.op == "pre":
         if spec.norm != "none":
             return Tile(1, short, 1, 8 if c > 2560 else 4)
