@@ -16,9 +16,8 @@ from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.errors import MHCError
 
-# Left to `make aot` because of their compile time.
-SLOW = ("gates", "gates_backward", "apply_backward")
-QUICK = [spec for spec in kernel_set(4, 2560, seam_only=True) if spec.op not in SLOW]
+# Not "apply_backward", which spills some bytes: `make aot` lists it.
+QUICK = [spec for spec in kernel_set(4, 2560, seam_only=True) if spec.op != "apply_backward"]
 SMALL = KernelSpec("pre", 2, 512, "bf16", Tile(4, 512))
 
 
@@ -27,8 +26,9 @@ def test_seam_on_sm_90(spec):
     compiled = compile_ahead(spec, "sm_90")
     check(compiled)
     assert 16 <= compiled.registers <= 255
-    assert compiled.wide_loads and compiled.wide_loads <= compiled.loads
-    assert compiled.wide_stores or spec.op in ("gates", "phi_backward")
+    if not spec.op.startswith("gates"):  # which load tokens of single maps
+        assert compiled.wide_loads and compiled.wide_loads <= compiled.loads
+        assert compiled.wide_stores and compiled.wide_stores <= compiled.stores
     if spec.op == "mix":
         assert all("HMMA" in name or "HGMMA" in name for name, _ in compiled.matrix)
 
