@@ -181,13 +181,9 @@ class _Call:
         g_f = torch.empty_like(f) if f is not None else None
         dots = self.empty(parts, self.n * (self.n + 1), self.tokens) if f is not None else None
         programs = self.tiles(spec) * parts
-        lanes = 4 if read is not None else spec.tile.width // 8
-        running = None
-        if f is not None:
-            running = self.empty(programs, self.n * (self.n + 1), spec.tile.tokens * lanes)
         self.run(spec, (programs,), x, f, post, res, g_y, pre, g_h,
-                 *(p if p is None else p[1] for p in phi), *dh, scale, g_x, g_f, dots, running,
-                 self.tokens, self.n)  # fmt: skip
+                 *(p if p is None else p[1] for p in phi), *dh, scale, g_x, g_f, dots,
+                 self.tokens)  # fmt: skip
         return g_x, g_f, None if dots is None else dots.sum(0)
 
     def phi_backward(self, y: Tensor, dh: tuple[Tensor, Tensor | None]) -> Tensor:
