@@ -53,11 +53,6 @@ class Argument:
         return tuple(counts[dim] if isinstance(dim, str) else dim for dim in self.dims)
 
 
-def _lanes(spec: KernelSpec) -> int:
-    """Running sums that "apply_backward" keeps for one token and dot product."""
-    return 4 if spec.read else spec.tile.width // 8
-
-
 # Streams and what has their dtype.
 _STREAMS: dict[str, Callable[[KernelSpec], Dims]] = {
     "x": lambda s: ("tokens", s.streams, s.channels),
@@ -82,7 +77,6 @@ _FLOATS: dict[str, Callable[[KernelSpec], Dims]] = {
     "res": lambda s: (s.streams, s.streams, "tokens"),
     "dots": lambda s: (s.tile.parts, s.streams * (s.streams + 1), "tokens"),
     "sums": lambda s: ("tiles", s.maps + 3),
-    "running": lambda s: ("blocks", s.streams * (s.streams + 1), s.tile.tokens, _lanes(s)),
     "g_phi": lambda s: ("groups", s.streams, s.channels, s.maps),
     "g_weight": lambda s: ("programs", s.channels),
     "g_shift": lambda s: ("programs", s.channels),
@@ -93,7 +87,7 @@ _PRODUCTS: dict[str, Callable[[KernelSpec], Dims]] = {
     "phi_high": lambda s: (s.streams, s.channels, s.columns),
     "dh_high": lambda s: ("tokens", s.columns),
 }
-_SCALARS = {"tokens": "i32", "group_tokens": "i32", "streams": "i32", "eps": "fp32"}
+_SCALARS = {"tokens": "i32", "group_tokens": "i32", "eps": "fp32"}
 # Names that mean something else in one kernel.
 _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
     ("split_phi", "high"): lambda s: (2, s.streams, s.columns, s.channels),
@@ -151,13 +145,12 @@ def signature(spec: KernelSpec) -> dict[str, str]:
 def counts(spec: KernelSpec, tokens: int) -> dict[str, int]:
     """How many tokens, token tiles, programs and groups of tokens a launch has.
 
-    "blocks" are programs that work on one part of one tile, "programs" those that loop over tokens.
+    "programs" are those of a kernel that loops over tokens.
     """
     tiles = math.ceil(tokens / spec.tile.tokens)
     return {
         "tokens": tokens,
         "tiles": tiles,
-        "blocks": tiles * spec.tile.parts,
         "programs": min(tokens, _PROGRAMS),
         "groups": max(1, min(_GROUPS, math.ceil(tokens / _GROUP_TOKENS))),
         "launch": 1,
@@ -181,4 +174,4 @@ def grid(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
         return (count["programs"],)
     if spec.op in ("gates", "gates_backward"):  # their parts were computed by another kernel
         return (count["tiles"],)
-    return (count["blocks"],)
+    return (count["tiles"] * tile.parts,)

@@ -52,8 +52,7 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
         products = "phi_high dh_high" + (" phi_low dh_low" if split else "")
         read = "x" + (" f post res g_y" if spec.mix else "")
         read += f" pre g_h scale {products}" if spec.read else ""
-        read += " running" if spec.mix else ""
-        return read, "g_x" + (" g_f dots running" if spec.mix else "")
+        return read, "g_x" + (" g_f dots" if spec.mix else "")
     if spec.op == "phi_backward":
         return "y dh_high" + (" dh_low" if split else ""), "g_phi"
     raise MHCError(f"the traffic of kernel {spec.op!r} is not stated: add it to traffic.py")
@@ -86,8 +85,7 @@ def traffic(spec: KernelSpec, tokens: int) -> Traffic:
 
 def bytes_per_token(spec: KernelSpec) -> float:
     """Bytes read and written for each of many tokens: what does not grow with them is left out."""
-    tile = spec.tile
-    share = {"tokens": 1.0, "tiles": 1 / tile.tokens, "blocks": tile.parts / tile.tokens}
+    share = {"tokens": 1.0, "tiles": 1 / spec.tile.tokens}
     return sum(a.slice_bytes * share.get(a.each, 0.0) for side in _sides(spec) for a in side)
 
 

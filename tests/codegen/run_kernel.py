@@ -32,10 +32,7 @@ def arguments_for(spec: KernelSpec, tokens: int) -> dict[str, torch.Tensor]:
 
 def run_kernel(spec: KernelSpec, tokens: int, **values: torch.Tensor | float | None) -> None:
     """Launches all programs; `tokens` and the launch's own numbers are filled in."""
-    given = {
-        "tokens": tokens, "group_tokens": group_tokens(spec, tokens), "streams": spec.streams,
-        "eps": 1e-6,
-    }  # fmt: skip
+    given = {"tokens": tokens, "group_tokens": group_tokens(spec, tokens), "eps": 1e-6}
     names = {argument.name for argument in arguments(spec)}
     given = {name: value for name, value in given.items() if name in names}
     run(spec, grid(spec, tokens), **(given | values))
