@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMM := .venv-timm
 
-.PHONY: demo test test-long zoo properties test-timm lint clean
+.PHONY: demo test test-long aot zoo properties test-timm lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -16,6 +16,12 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
+
+# Every generated kernel for every GPU, without one; the table is written also where one is unfit.
+aot: $(STAMP)
+	rm -rf out/aot
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m aot tests/codegen || failed=1; \
+	$(BIN)/python tests/codegen/ahead.py && test -z "$$failed"
 
 # Every check of every architecture; the table is written also where a check fails.
 zoo: $(STAMP)

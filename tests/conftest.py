@@ -1,10 +1,17 @@
-"""Puts this directory on the path, so that tests share `models`; fixes threads and seeds."""
+"""Puts this directory on the path, so that tests share `models`; fixes threads and seeds.
+
+Generated kernels run in Triton's interpreter, which a process chooses once, when it first imports
+triton: hence here. Compiling for a GPU has a process of its own, see `compile_ahead`.
+TRITON_INTERPRET=0 in the environment leaves the interpreter off, for tests on a GPU.
+"""
 
 import os
 import zlib
 
-import pytest
-import torch
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch, which may import triton
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -94,9 +94,9 @@ class KernelSpec:
             raise MHCError(f"channels must be at least 1, got {self.channels!r}")
         if self.products in ("split", "bf16") and self.dtype != "bf16":
             raise MHCError(f"products={self.products!r} needs dtype 'bf16', got {self.dtype!r}")
-        for name, value in (("tokens", self.tile.tokens), ("width", self.tile.width)):
-            if value < 1 or value & (value - 1):
-                raise MHCError(f"tile.{name} must be a power of two, got {value!r}")
+        for name, size in (("tokens", self.tile.tokens), ("width", self.tile.width)):
+            if size < 1 or size & (size - 1):
+                raise MHCError(f"tile.{name} must be a power of two, got {size!r}")
 
     @property
     def maps(self) -> int:

@@ -1,0 +1,74 @@
+"""The command line: `mhc-compile`, also `python -m mhc_compile`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mhc_compile.codegen.kernel_set import kernel_set
+from mhc_compile.codegen.render import render
+from mhc_compile.codegen.spec import DTYPES
+from mhc_compile.conventions import CONVENTIONS
+from mhc_compile.errors import MHCError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line and exit code 2; the usage is what --help prints."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _emit(arguments: argparse.Namespace) -> tuple[str, Any]:
+    """Writes all kernels of one size; returns what to print, as text and for JSON."""
+    specs = kernel_set(
+        arguments.streams, arguments.hidden, arguments.dtype, tokens=arguments.tokens,
+        rule=CONVENTIONS[arguments.convention], target=arguments.target,
+    )  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for spec in specs:
+        variant = "".join(f"_{name}" for name in ("mix", "read") if getattr(spec, name))
+        norm = f"_{spec.norm}norm" if spec.norm != "none" else ""
+        path = arguments.out / f"{spec.op}{variant}{norm}.py"
+        path.write_text(render(spec))
+        written.append({"file": str(path), "key": spec.key, **asdict(spec)})
+    return "\n".join(entry["file"] for entry in written), {"kernels": written}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("mhc-compile", description="Manifold-Constrained Hyper-Connections.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    emit = commands.add_parser("emit", help="write the generated Triton kernels, for reading")
+    emit.set_defaults(run=_emit)
+    emit.add_argument("--out", type=Path, required=True, help="directory for the files")
+    emit.add_argument("--streams", type=int, required=True, metavar="N")
+    emit.add_argument("--hidden", type=int, required=True, metavar="C", help="channels")
+    emit.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the streams")
+    emit.add_argument("--tokens", type=int, default=8192, help="of a call; tiles depend on it")
+    emit.add_argument("--convention", choices=CONVENTIONS, default="paper")
+    emit.add_argument("--target", choices=("cuda", "hip", "interpret"), default="cuda")
+    for command in (emit,):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 if it succeeded, 2 with one line on stderr for a user's mistake."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        text, data = arguments.run(arguments)
+    except (MHCError, OSError) as error:
+        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(json.dumps(data, indent=1) if arguments.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

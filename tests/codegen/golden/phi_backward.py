@@ -1,0 +1,25 @@
+# mhc_compile kernel phi_backward 38c7f7d9d79a05d1
+# {"channels": 64, "dtype": "fp32", "mix": false, "norm": "none", "op": "phi_backward", "products": "tf32x3", "read": false, "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"parts": 1, "stages": 2, "tokens": 32, "warps": 4, "width": 64}, "weight": false}
+# g_phi[group, channel, k] = sum over the group's tokens of vec(y)_channel dh_k
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(y, dh_high, dh_low, g_phi, tokens, group_tokens):
+    channel = tl.program_id(0) * 64 + tl.arange(0, 64)
+    near = channel[None, :] < 128
+    columns = tl.arange(0, 16)
+    sums = tl.zeros((16, 64), tl.float32)
+    begin = tl.program_id(1) * group_tokens
+    for start in tl.range(0, group_tokens, 32, num_stages=2):
+        rows = begin + start + tl.arange(0, 32)
+        inside = rows < tokens
+        wide = rows.to(tl.int64)[:, None]
+        value = tl.load(y + wide * 128 + channel[None, :], mask=inside[:, None] & near, other=0.0)
+        index = wide * 16 + columns[None, :]
+        high = tl.load(dh_high + index, mask=inside[:, None], other=0.0)
+        sums = tl.dot(tl.trans(high), value.to(tl.float32), sums, input_precision="tf32x3")
+    place = (tl.program_id(1) * 128 + channel[:, None]) * 8 + columns[None, :]
+    known = (channel[:, None] < 128) & (columns[None, :] < 8)
+    tl.store(g_phi + place, tl.trans(sums), mask=known)

@@ -1,0 +1,29 @@
+# mhc_compile kernel pre d3ef48c6b83cf351
+# {"channels": 64, "dtype": "bf16", "mix": false, "norm": "rms", "op": "pre", "products": "split", "read": false, "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"parts": 1, "stages": 1, "tokens": 1, "warps": 4, "width": 64}, "weight": true}
+# h = sum_i pre_i x_i
+# h <- h / sqrt(mean(h^2) + eps) * weight
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(x, pre, weight, shift, h, tokens, eps):
+    part = 0
+    tile = tl.program_id(0)
+    begin = tl.cast(tile, tl.int64) * 1
+    step = tl.cast(tokens, tl.int64)
+    rows = tl.arange(0, 1)
+    inside = rows < step - begin
+    rows = tl.minimum(rows, tl.cast(step - begin - 1, tl.int32))
+    wide = rows[:, None]
+    x += begin * 128
+    h += begin * 64
+    pre += begin
+    channel = part * 64 + tl.arange(0, 64)
+    place = wide * 128 + channel[None, :]
+    value = tl.load(pre + rows)[:, None] * tl.load(x + place).to(tl.float32)
+    value += tl.load(pre + 1 * step + rows)[:, None] * tl.load(x + place + 64).to(tl.float32)
+    value = value * tl.rsqrt(tl.sum(value * value, axis=1) / 64 + eps)[:, None]
+    weight0 = tl.load(weight + channel)
+    value = value * weight0.to(tl.float32)[None, :]
+    tl.store(h + wide * 64 + channel[None, :], value.to(tl.bfloat16), mask=inside[:, None])

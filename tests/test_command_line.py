@@ -1,0 +1,63 @@
+"""`mhc-compile`: what it writes, and one line with exit code 2 for mistakes."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mhc_compile.__main__ import main
+
+EMIT = ["emit", "--streams", "2", "--hidden", "48"]
+
+
+def test_emit(tmp_path, capsys):
+    assert main([*EMIT, "--out", str(tmp_path / "new")]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(files) == sorted((tmp_path / "new").iterdir())
+    assert {"mix_mix_read.py", "gates.py", "pre_rmsnorm.py"} <= {file.name for file in files}
+    for file in files:
+        ast.parse(file.read_text())
+
+
+def test_emit_json(tmp_path, capsys):
+    arguments = ["--json", "--dtype", "fp32", "--convention", "deepseek_v4"]
+    assert main([*EMIT, "--out", str(tmp_path), *arguments]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert all(Path(kernel["file"]).is_file() and kernel["dtype"] == "fp32" for kernel in kernels)
+    (gates,) = (kernel for kernel in kernels if kernel["op"] == "gates")
+    assert gates["rule"]["name"] == "deepseek_v4"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required: command"),
+        (["emit", "--out", "x", "--streams", "2"], "required: --hidden"),
+        ([*EMIT, "--out", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        ([*EMIT, "--out", "x", "--hidden", "-1"], "channels must be at least 1, got -1"),
+        ([*EMIT, "--out", "x", "--streams", "9"], "streams must be 1 to 8, got 9"),
+        ([*EMIT, "--out", __file__], "File exists"),
+    ],
+)
+def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    assert code == 2 and not out
+    assert message in err and len(err.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "mhc_compile", *EMIT, "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "gates.py" in result.stdout
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"mhc-compile": "mhc_compile.__main__:main"}
