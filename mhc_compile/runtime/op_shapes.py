@@ -17,7 +17,7 @@ Tensors = tuple[Tensor, ...]
 
 
 def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Tensors:
-    """pre and post `[..., n]`, res `[..., n, n]`, proj `[n*n + 2*n, T]`, square `[T]`."""
+    """Pre and post `[..., n]`, res `[..., n, n]`, proj `[n*n + 2*n, T]`, square `[T]`."""
     lead, n, dtype = x.shape[:-2], x.shape[-2], working_dtype(x.dtype)
     tokens = math.prod(lead)
     shapes = ((*lead, n), (*lead, n), (*lead, n, n), (phi.shape[1], tokens), (tokens,))
@@ -62,7 +62,7 @@ def post_res_backward(g_y: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tens
 
 
 def read(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Tensors:
-    """h like `pre`'s, then `coefficients`'."""
+    """H like `pre`'s, then `coefficients`'."""
     gates = coefficients(x, phi, alpha, bias, rule)
     return pre(x, gates[0]), *gates
 
@@ -100,7 +100,7 @@ def seam(
     norm_eps: float,
     rule: str,
 ) -> Tensors:
-    """y like x, then `read`'s."""
+    """Y like x, then `read`'s."""
     return _like(x), *read(x, phi, alpha, bias, rule)
 
 

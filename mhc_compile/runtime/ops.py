@@ -52,8 +52,7 @@ SCHEMAS = {
     "expand": "(Tensor x, SymInt n) -> Tensor",
     "expand_backward": "(Tensor g_y) -> Tensor",
     "collapse": "(Tensor x, Tensor weight) -> Tensor",
-    "collapse_backward": "(Tensor g_h, Tensor? x, Tensor weight) -> "
-    "(Tensor g_x, Tensor g_weight)",
+    "collapse_backward": "(Tensor g_h, Tensor? x, Tensor weight) -> (Tensor g_x, Tensor g_weight)",
 }
 """The operators by name. Each is implemented in `fused`, and for CUDA in `codegen.launch`."""
 

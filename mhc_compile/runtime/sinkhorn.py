@@ -233,7 +233,9 @@ def _divisor(m: Tensor, axis: int, rule: SinkhornSteps) -> Tensor:
     return total.clamp(min=rule.eps) if rule.eps_mode == "clamp" else total
 
 
-def _log_gradient_step(grad: Tensor, m: Tensor, axis: int, divisor: Tensor, rule: SinkhornSteps) -> Tensor:
+def _log_gradient_step(
+    grad: Tensor, m: Tensor, axis: int, divisor: Tensor, rule: SinkhornSteps
+) -> Tensor:
     """Takes the gradient by log M back through one step, from the step's own result `m`.
 
     d log M' = d log M - sum(M' d log M), whatever eps is: with eps, M / divisor is still M'.
@@ -244,7 +246,9 @@ def _log_gradient_step(grad: Tensor, m: Tensor, axis: int, divisor: Tensor, rule
     return grad - m * total
 
 
-def _first_matrix_gradient(grad: Tensor, logits: Tensor, first: Tensor, rule: SinkhornSteps) -> Tensor:
+def _first_matrix_gradient(
+    grad: Tensor, logits: Tensor, first: Tensor, rule: SinkhornSteps
+) -> Tensor:
     """Takes the gradient by the logarithm of `_first_matrix`'s result back to the logits."""
     if rule.eps_mode == "none":
         early = _log_normalise(logits, rule.steps[0])[1]
