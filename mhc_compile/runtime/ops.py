@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhc_compile._torch_compat import below_autograd
 from mhc_compile.runtime import fused, op_shapes
 from mhc_compile.runtime.precision import autocast_off
 
@@ -72,7 +73,7 @@ def _run(name: str, *args: Any) -> Any:
     This is the only place where the two are chosen between.
     """
     first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    with autocast_off(first):
+    with autocast_off(first), below_autograd():
         if first.is_cuda:
             kernels = _kernels()
             if kernels is not None and kernels.supports(first):

@@ -370,6 +370,20 @@ def test_opcheck_of_the_backward(name):
         torch.library.opcheck(backward, (*grads, *saved, False))
 
 
+@pytest.mark.parametrize("name", sample_inputs())
+def test_results_may_be_changed_in_place(name):
+    """Results, and slices of them, as models do with the state behind the last sublayer."""
+    out = getattr(op, name)(*sample_inputs()[name])
+    for tensor in [out] if isinstance(out, torch.Tensor) else differentiable(name, out):
+        assert not tensor._is_view()
+        rows = torch.relu(tensor).detach()
+        part = tensor[..., 0]
+        part[...] = 0.0
+        tensor.mul_(2.0)
+        torch.testing.assert_close(tensor[..., 1:].relu(), 2 * rows[..., 1:])
+        assert tensor.requires_grad
+
+
 def test_every_operator_is_tested_and_has_all_its_parts():
     names = set(sample_inputs())
     assert set(ops.SCHEMAS) == names | {f"{name}_backward" for name in names}
