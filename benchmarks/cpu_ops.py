@@ -1,7 +1,8 @@
 """Times one hyper-connection on the CPU: the operators against autograd through the reference.
 
 Forward and backward of h = read(x), x' = post_res(x, h + f), every gradient included. Both run in
-one process, in turn; the table shows medians, minima and the ratio of the medians.
+one process, in turn; the table shows medians, minima and the ratio of the medians. On a machine
+with other work, `--threads 1 --clock cpu` counts the time on the processor alone.
 
     python benchmarks/cpu_ops.py --tokens 4096 --streams 4 --channels 768 --dtype float32
 """
@@ -78,14 +79,16 @@ def main() -> None:
     parser.add_argument("--convention", choices=tuple(CONVENTIONS), default="paper")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     args = parser.parse_args()
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     torch.set_num_threads(args.threads)
     parts = make_parts(args.tokens, args.streams, args.channels, getattr(torch, args.dtype))
     calls = {"reference": by_reference, "ops": by_ops}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for repeat in range(args.repeats + 1):
         for name, call in calls.items():
-            pair = time_one(call, parts, args.convention)
+            pair = time_one(call, parts, args.convention, clock)
             if repeat > 0:  # the first one warms up
                 times[name].append(pair)
     rows = []
@@ -102,7 +105,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.tokens} tokens, "
         f"n = {args.streams}, C = {args.channels}, {args.dtype}, {args.convention}, "
-        f"{args.repeats} repeats in turn"
+        f"{args.repeats} repeats in turn, {args.clock} time"
     )
 
 

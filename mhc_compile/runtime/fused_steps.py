@@ -20,7 +20,7 @@ from mhc_compile.runtime.precision import working_dtype
 
 Tensors = tuple[Tensor, ...]
 BLOCK_ELEMENTS = {"cpu": 2**20}
-"""Elements in a block of tokens; devices other than these take larger ones, to launch less."""
+"""Elements in a block of widened tokens; other devices take larger blocks, to launch less."""
 NO_NORM = Norm("none", 0.0, None, None)
 
 
@@ -210,7 +210,10 @@ def by_token(tensor: Tensor, kept: int) -> Tensor:
 def blocks(streams: Tensor) -> Iterator[slice]:
     """Slices of tokens of `[T, n, C]`."""
     tokens, n, channels = streams.shape
-    step = max(1, BLOCK_ELEMENTS.get(streams.device.type, 2**26) // (n * channels))
+    elements = BLOCK_ELEMENTS.get(streams.device.type, 2**26)
+    if streams.dtype == working_dtype(streams.dtype):
+        elements *= 4  # nothing is widened, and fewer blocks wait less for each other's threads
+    step = max(1, elements // (n * channels))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 

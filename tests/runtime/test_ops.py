@@ -182,7 +182,7 @@ def test_narrow_streams_are_computed_in_float32(dtype, n, monkeypatch):
         torch.testing.assert_close(a, b, rtol=4 * unit, atol=8 * unit)
 
 
-@pytest.mark.parametrize("elements", [1, 40, 61])
+@pytest.mark.parametrize("elements", [1, 10, 16])
 def test_blocks_do_not_show(elements, monkeypatch):
     p = parts((7,), n=4)
     everything = by_ops(p, RULES["paper"])
@@ -584,13 +584,13 @@ def test_keys_of_conventions():
 
 @pytest.mark.long
 def test_faster_than_autograd_through_the_reference():
-    """`benchmarks/cpu_ops.py` measures more; a machine with other work gets several chances."""
+    """`benchmarks/cpu_ops.py` measures more. CPU time, so that other work counts for less."""
 
     def milliseconds(call, p):
-        start = time.perf_counter()
+        start = time.process_time()
         out = call(p, RULES["paper"])
         (out[4] + out[0].unsqueeze(-2)).sum().backward()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.process_time() - start)
 
     p = parts((4096,), n=4, channels=768, dtype=F32)
     for call in (by_ops, by_reference):
