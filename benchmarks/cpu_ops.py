@@ -56,15 +56,15 @@ def by_ops(p: Parts, convention: str) -> Tensor:
 
 
 def time_one(
-    call: Callable[[Parts, str], Tensor], p: Parts, convention: str
+    call: Callable[[Parts, str], Tensor], p: Parts, convention: str, clock: Callable[[], float]
 ) -> tuple[float, float]:
     """Milliseconds of the forward and of the backward."""
     grad = torch.ones_like(p["x"])
-    start = time.perf_counter()
+    start = clock()
     out = call(p, convention)
-    middle = time.perf_counter()
+    middle = clock()
     torch.autograd.grad(out, list(p.values()), grad)
-    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
+    return 1e3 * (middle - start), 1e3 * (clock() - middle)
 
 
 def main() -> None:
