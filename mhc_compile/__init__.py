@@ -16,7 +16,8 @@ from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.pretrained import load_pretrained, save_pretrained
 from mhc_compile.report import StabilityReport, stability
 from mhc_compile.runtime import reference
-from mhc_compile.runtime.modules import HyperConnection, collapse_streams, expand_streams
+from mhc_compile.runtime.modules import HyperConnection
+from mhc_compile.runtime.streams import collapse_streams, expand_streams
 
 __version__ = "0.1.0"
 

@@ -20,6 +20,7 @@ __all__ = [
     "WeakIdKeyDictionary",
     "WeakIdRef",
     "autocast_state",
+    "below_autograd",
     "compiled_module",
     "force_eager",
     "is_internal",
@@ -63,6 +64,15 @@ def user_source(depth: int = 2) -> Source | None:
     """File and line of `user_frame`."""
     frame = user_frame(depth)
     return (frame.f_code.co_filename, frame.f_lineno) if frame is not None else None
+
+
+def below_autograd() -> contextlib.AbstractContextManager[object]:
+    """Inside it no views are recorded, so that an operator may return one of what it made.
+
+    What autograd takes for a view made inside a custom operator must not be changed in place.
+    """
+    guard: contextlib.AbstractContextManager[object] = torch._C._AutoDispatchBelowADInplaceOrView()
+    return guard
 
 
 def autocast_state(device_type: str) -> tuple[bool, torch.dtype] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TypedDict
 
@@ -119,6 +121,48 @@ class Convention:
             eps=self.sinkhorn_eps,
             eps_mode=self.sinkhorn_eps_mode,
         )
+
+    def key(self) -> str:
+        """Returns the axes that change results, as canonical JSON: equal numerics, equal keys.
+
+        `name` and `alpha_init` are left out. Operators take it as their `rule`.
+
+        Example:
+            >>> Convention("mine").key() == get_convention("paper").key()
+            True
+        """
+        axes = {axis: getattr(self, axis) for axis in _KEY_AXES}
+        # An eps given as the integer 0 is the same number.
+        axes.update({axis: float(axes[axis]) for axis in _FLOATS})
+        return json.dumps(axes, separators=(",", ":"))
+
+    @classmethod
+    def from_key(cls, key: str) -> Convention:
+        """Returns the convention of a `key`, named "custom"; the same object for the same key.
+
+        Raises:
+            ConfigError: the text is not a key.
+
+        Example:
+            >>> Convention.from_key(get_convention("liger").key()).pre_eps
+            0.0
+        """
+        return _from_key(key)
+
+
+_KEY_AXES = tuple(f.name for f in fields(Convention) if f.name not in ("name", "alpha_init"))
+_FLOATS = ("sinkhorn_eps", "norm_eps", "pre_eps", "post_multiplier")
+
+
+@lru_cache(maxsize=256)
+def _from_key(key: str) -> Convention:
+    try:
+        axes = json.loads(key)
+    except (TypeError, ValueError):
+        axes = None
+    if not isinstance(axes, dict) or set(axes) != set(_KEY_AXES):
+        raise ConfigError(f"rule must be the text that Convention.key() returns, got {key!r}")
+    return Convention("custom", **axes)
 
 
 def _check_choice(axis: str, value: object, allowed: tuple[str, ...]) -> None:

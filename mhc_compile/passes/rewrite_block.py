@@ -20,7 +20,7 @@ from mhc_compile.passes.per_stream import lift_node, target_name
 from mhc_compile.passes.plan import BlockPlan
 from mhc_compile.passes.trace_block import TracedBlock
 from mhc_compile.runtime.guards import check_value
-from mhc_compile.runtime.reference import apply_post_res, collapse_streams, expand_streams
+from mhc_compile.runtime.streams import apply_post_res, collapse_streams, expand_streams
 
 
 def expand_stream(work: BlockGraph) -> None:

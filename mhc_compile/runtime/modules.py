@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import ConfigError, MHCError
-from mhc_compile.runtime import reference
+from mhc_compile.runtime import reference, streams
 
 RES_DIAGONAL = 0.98
 """Weight with which each stream keeps itself at the start: near the identity, yet not saturated."""
@@ -73,7 +73,7 @@ class HyperConnection(_Connection):
 
     Example:
         >>> connection = HyperConnection(8, MHCConfig(streams=2))
-        >>> x = expand_streams(torch.randn(5, 8), 2)
+        >>> x = streams.expand_streams(torch.randn(5, 8), 2)
         >>> h, state = connection.pre(x)
         >>> connection.post(x, torch.tanh(h), state).shape
         torch.Size([5, 2, 8])
@@ -94,6 +94,7 @@ class HyperConnection(_Connection):
         self.config = config = config or MHCConfig()
         self.channels, self.index, self.streams = channels, index, config.streams
         self._rule = config.rule
+        self._key = self._rule.key()
         n = config.streams
         if n == 1:
             return
@@ -137,9 +138,7 @@ class HyperConnection(_Connection):
             return reference.hc_coefficients(
                 x, self.phi, self.alpha, self.bias, n=self.streams, eps=self._rule.norm_eps
             )
-        return reference.coefficients(
-            x, self.phi, self.alpha, self.bias, n=self.streams, convention=self._rule
-        )
+        return streams.coefficients(x, self.phi, self.alpha, self.bias, self._key)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns `(h, post, res)`; `pre` is the same with the last two as a `ConnectionState`."""
@@ -151,8 +150,11 @@ class HyperConnection(_Connection):
         if self.streams == 1:
             ones = x.new_ones(x.shape[:-1], dtype=torch.float32)
             return x.squeeze(-2), ones, ones.unsqueeze(-1)
-        pre, post, res = self.coefficients(x)
-        return reference.apply_pre(x, pre), post, res
+        if self.config.connection == "hc":
+            pre, post, res = self.coefficients(x)
+            return streams.apply_pre(x, pre), post, res
+        h, _, post, res = streams.read_streams(x, self.phi, self.alpha, self.bias, self._key)
+        return h, post, res
 
     def pre(self, x: Tensor) -> tuple[Tensor, ConnectionState]:
         """Reads the sublayer's input from the streams: `h = sum_i pre_i x_i`.
@@ -179,7 +181,7 @@ class HyperConnection(_Connection):
         """
         if self.streams == 1:
             return x + f.unsqueeze(-2)
-        return reference.apply_post_res(x, f, state.post, state.res)
+        return streams.apply_post_res(x, f, state.post, state.res)
 
     def extra_repr(self) -> str:
         """Shows what the parameters' shapes do not."""
@@ -263,29 +265,19 @@ class StreamCollapse(_Connection):
         if self.streams == 1:
             return x.squeeze(-2)
         if self.mode == "learned":
-            return reference.collapse_streams(x, self.weight)
+            return streams.collapse_streams(x, self.weight)
         if self.mode == "head":
             rule = self._rule
             weights = reference.head_weights(
                 x, self.phi, self.alpha, self.bias,
                 eps=rule.norm_eps, pre_eps=rule.pre_eps, place=rule.norm_eps_place,
             )  # fmt: skip
-            return reference.collapse_streams(x, weights)
-        return reference.collapse_streams(x, mode=self.mode) * self.scale
+            return streams.collapse_streams(x, weights)
+        return streams.collapse_streams(x, mode=self.mode) * self.scale
 
     def extra_repr(self) -> str:
         """Shows what the parameters' shapes do not."""
         return f"streams={self.streams}, {self.mode!r}"
-
-
-def expand_streams(x: Tensor, n: int) -> Tensor:
-    """Copies one tensor into n residual streams: `[..., C]` to `[..., n, C]`."""
-    return reference.expand_streams(x, n)
-
-
-def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None = None) -> Tensor:
-    """Joins n residual streams, see `reference.collapse_streams`."""
-    return reference.collapse_streams(x, weight, mode)
 
 
 def unequal_weights(n: int) -> Tensor:

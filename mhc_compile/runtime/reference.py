@@ -7,15 +7,13 @@ token are `x: [n, C]`; leading dimensions `...` are free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
-from mhc_compile._torch_compat import AUTOCAST_DEVICES
 from mhc_compile.conventions import NORM_EPS_PLACES, Convention, get_convention
 from mhc_compile.errors import MHCError
+from mhc_compile.runtime.checks import check_count, check_float, check_shape, check_streams
+from mhc_compile.runtime.precision import autocast_off, working_dtype
 from mhc_compile.runtime.sinkhorn import sinkhorn_knopp
 
 __all__ = [
@@ -79,7 +77,7 @@ def coefficients(
         (torch.Size([5, 2]), torch.Size([5, 2]), torch.Size([5, 2, 2]))
     """
     rule = get_convention(convention)
-    _check_streams(x, n)
+    check_streams(x, n)
     projected = project_streams(x, phi)
     divisor = norm_divisor(x, rule.norm_eps if eps is None else eps, place=rule.norm_eps_place)
     pre_logits, post_logits, res_logits = gate_logits(projected, divisor, alpha, bias, n=n)
@@ -128,17 +126,17 @@ def project_streams(x: Tensor, phi: Tensor) -> Tensor:
         >>> project_streams(torch.ones(2, 3), torch.ones(6, 8)).shape
         torch.Size([8])
     """
-    _check_float("x", x)
+    check_float("x", x)
     flat = flatten_streams(x)
-    _check_float("phi", phi)
+    check_float("phi", phi)
     if phi.dim() != 2 or phi.shape[0] != flat.shape[-1]:
         n, channels = x.shape[-2:]
         raise MHCError(
             f"phi must have the shape [n*C, K] = [{n * channels}, K] for streams of "
             f"shape [..., {n}, {channels}], got {list(phi.shape)}"
         )
-    dtype = _working_dtype(x)
-    with _autocast_off(x):
+    dtype = working_dtype(x.dtype)
+    with autocast_off(x):
         return flat.to(dtype) @ phi.to(dtype)
 
 
@@ -167,8 +165,8 @@ def norm_divisor(x: Tensor, eps: float = 1e-20, *, place: str = "inside") -> Ten
         raise MHCError(f"eps must be a number of at least 0, got {eps!r}")
     if place not in NORM_EPS_PLACES:
         raise MHCError(f"place must be one of {NORM_EPS_PLACES}, got {place!r}")
-    _check_float("x", x)
-    flat = flatten_streams(x).to(_working_dtype(x))
+    check_float("x", x)
+    flat = flatten_streams(x).to(working_dtype(x.dtype))
     scale = torch.ones((), dtype=flat.dtype, device=flat.device)
     if x.dtype != torch.float16 and flat.shape[-1] > 0:
         peak = flat.detach().abs().amax(-1)
@@ -214,8 +212,8 @@ def gate_logits(
             f"phi must have n*n + 2*n = {columns} columns for n = {n}, "
             f"got {projected.shape[-1] if projected.dim() else 0}"
         )
-    _check_shape("alpha", alpha, (3,), "[3]")
-    _check_shape("bias", bias, (columns,), "[n*n + 2*n]")
+    check_shape("alpha", alpha, (3,), "[3]")
+    check_shape("bias", bias, (columns,), "[n*n + 2*n]")
     alpha, bias = alpha.to(projected.dtype), bias.to(projected.dtype)
     normed = projected / divisor.unsqueeze(-1)
     pre, post, res = torch.split(normed, [n, n, n * n], dim=-1)
@@ -304,10 +302,10 @@ def apply_pre(x: Tensor, pre: Tensor) -> Tensor:
         >>> apply_pre(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 10.0])).tolist()
         [31.0, 42.0]
     """
-    _check_streams(x)
-    _check_shape("pre", pre, x.shape[:-1], "x.shape[:-1]")
-    dtype = _working_dtype(x)
-    with _autocast_off(x):
+    check_streams(x)
+    check_shape("pre", pre, x.shape[:-1], "x.shape[:-1]")
+    dtype = working_dtype(x.dtype)
+    with autocast_off(x):
         h = pre.to(dtype).unsqueeze(-2) @ x.to(dtype)
     return h.squeeze(-2).to(x.dtype)
 
@@ -333,13 +331,13 @@ def apply_post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
         >>> apply_post_res(x, f, torch.tensor([1.0, 0.0]), res).tolist()
         [[12.0], [1.5]]
     """
-    _check_streams(x)
+    check_streams(x)
     n = x.shape[-2]
-    _check_shape("f", f, (*x.shape[:-2], x.shape[-1]), "[..., C] like x")
-    _check_shape("post", post, x.shape[:-1], "x.shape[:-1]")
-    _check_shape("res", res, (*x.shape[:-2], n, n), "[..., n, n] like x")
-    dtype = _working_dtype(x)
-    with _autocast_off(x):
+    check_shape("f", f, (*x.shape[:-2], x.shape[-1]), "[..., C] like x")
+    check_shape("post", post, x.shape[:-1], "x.shape[:-1]")
+    check_shape("res", res, (*x.shape[:-2], n, n), "[..., n, n] like x")
+    dtype = working_dtype(x.dtype)
+    with autocast_off(x):
         mixed = res.to(dtype) @ x.to(dtype)
     return (mixed + post.to(dtype).unsqueeze(-1) * f.to(dtype).unsqueeze(-2)).to(x.dtype)
 
@@ -375,11 +373,11 @@ def hc_coefficients(
         >>> res.tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    _check_streams(x, n)
+    check_streams(x, n)
     channels = x.shape[-1]
-    _check_shape("phi", phi, (channels, n + 2), "[C, n + 2]")
-    _check_shape("alpha", alpha, (3,), "[3]")
-    _check_shape("bias", bias, (n * n + 2 * n,), "[n*n + 2*n]")
+    check_shape("phi", phi, (channels, n + 2), "[C, n + 2]")
+    check_shape("alpha", alpha, (3,), "[3]")
+    check_shape("bias", bias, (n * n + 2 * n,), "[n*n + 2*n]")
     streams = x.unsqueeze(-2)  # each stream becomes a group [1, C] with a norm of its own
     divisor = norm_divisor(streams, eps).unsqueeze(-1)
     scores = torch.tanh(project_streams(streams, phi) / divisor)
@@ -426,14 +424,14 @@ def head_weights(
         >>> head_weights(torch.randn(2, 4), torch.zeros(8, 2), 1.0, torch.zeros(2), pre_eps=0.0)
         tensor([0.5000, 0.5000])
     """
-    _check_streams(x)
+    check_streams(x)
     n, channels = x.shape[-2:]
-    _check_shape("phi", phi, (n * channels, n), "[n*C, n]")
-    _check_shape("bias", bias, (n,), "[n]")
+    check_shape("phi", phi, (n * channels, n), "[n*C, n]")
+    check_shape("bias", bias, (n,), "[n]")
     if isinstance(alpha, Tensor):
         if alpha.numel() != 1:
             raise MHCError(f"alpha must have one element, got shape {list(alpha.shape)}")
-        alpha = alpha.reshape(()).to(_working_dtype(x))
+        alpha = alpha.reshape(()).to(working_dtype(x.dtype))
     normed = project_streams(x, phi) / norm_divisor(x, eps, place=place).unsqueeze(-1)
     return pre_gate(alpha * normed + bias.to(normed.dtype), pre_eps)
 
@@ -455,7 +453,7 @@ def expand_streams(x: Tensor, n: int) -> Tensor:
         >>> expand_streams(torch.tensor([1.0, 2.0]), 2).tolist()
         [[1.0, 2.0], [1.0, 2.0]]
     """
-    _check_count("n", n)
+    check_count("n", n)
     if x.dim() < 1:
         raise MHCError("x must have the shape [..., C], got a scalar")
     return x.unsqueeze(-2).repeat(*[1] * (x.dim() - 1), n, 1)
@@ -496,7 +494,7 @@ def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None =
         >>> collapse_streams(torch.tensor([[1.0], [3.0]]), mode="mean").tolist()
         [2.0]
     """
-    _check_streams(x)
+    check_streams(x)
     mode = mode or ("mean" if weight is None else "learned")
     if mode not in ("mean", "sum", "learned"):
         raise MHCError(f"mode must be one of 'mean', 'sum', 'learned', got {mode!r}")
@@ -506,47 +504,9 @@ def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None =
             f"weight goes with mode='learned' and no other: it is {state}, mode={mode!r}"
         )
     if weight is None:
-        total = x.sum(-2, dtype=_working_dtype(x))
+        total = x.sum(-2, dtype=working_dtype(x.dtype))
         return (total / x.shape[-2] if mode == "mean" else total).to(x.dtype)
     if weight.dim() != 1:
         return apply_pre(x, weight)
-    _check_shape("weight", weight, (x.shape[-2],), "[n] or [..., n] like x")
+    check_shape("weight", weight, (x.shape[-2],), "[n] or [..., n] like x")
     return apply_pre(x, weight.expand(x.shape[:-1]))
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast would take the matmuls back to bfloat16, which moves row sums by 3e-3."""
-    if x.device.type in AUTOCAST_DEVICES:
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MHCError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise MHCError(f"{name} must have a floating dtype, got {tensor.dtype}")
-
-
-def _check_streams(x: Tensor, n: int | None = None) -> None:
-    _check_float("x", x)
-    if n is not None:
-        _check_count("n", n)
-    if x.dim() < 2 or x.shape[-1] < 1 or x.shape[-2] < 1 or (n is not None and x.shape[-2] != n):
-        streams = "n" if n is None else f"n={n}"
-        raise MHCError(f"x must have the shape [..., {streams}, C], got {list(x.shape)}")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: Sequence[int], formula: str) -> None:
-    _check_float(name, tensor)
-    if tuple(tensor.shape) != tuple(shape):
-        raise MHCError(
-            f"{name} must have the shape {formula} = {list(shape)}, got {list(tensor.shape)}"
-        )

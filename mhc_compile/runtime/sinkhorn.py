@@ -10,14 +10,15 @@ from torch import Tensor
 
 from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
+from mhc_compile.runtime.precision import working_dtype
 
 # The matrices are worked on as [n (row), n (column), tokens]: every reduction then runs over the
 # n outer elements and is vectorised along the tokens. An axis to normalise is the one summed over.
 _SUM_AXIS = {"row": 1, "col": 0}
 
 
-class _Rule(NamedTuple):
-    """What to compute, resolved from the arguments; hashable, so it can ride through autograd."""
+class SinkhornSteps(NamedTuple):
+    """What to compute, resolved from the axes; hashable, so it can ride through autograd."""
 
     steps: tuple[int, ...]  # the summed axis of each normalisation, in order
     softmax: bool  # the first matrix is a row softmax, not exp
@@ -109,7 +110,7 @@ def sinkhorn_knopp_unrolled(
         [[0.5, 0.5], [0.5, 0.5]]
     """
     _resolve(logits, iters, order, start, start_is_step, eps, eps_mode)
-    log_m = logits.to(_working_dtype(logits.dtype))
+    log_m = logits.to(working_dtype(logits.dtype))
     dims = {"col": -2, "row": -1}
     steps = [dims[name] for name in order.split("_")] * iters
     if start == "softmax":
@@ -137,7 +138,7 @@ def _resolve(
     start_is_step: bool,
     eps: float,
     eps_mode: str,
-) -> _Rule:
+) -> SinkhornSteps:
     if not logits.is_floating_point():
         raise MHCError(f"logits must have a floating dtype, got {logits.dtype}")
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or logits.shape[-1] < 1:
@@ -147,39 +148,46 @@ def _resolve(
         )
     if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
         raise MHCError(f"iters must be an integer of at least 1, got {iters!r}")
-    Convention(
+    convention = Convention(
         "sinkhorn_knopp",
         sinkhorn_order=order,
         sinkhorn_start=start,
         sinkhorn_start_is_step=start_is_step,
         sinkhorn_eps=eps,
         sinkhorn_eps_mode=eps_mode,
+        sinkhorn_iters=iters,
     )
-    steps = [_SUM_AXIS[name] for name in order.split("_")] * iters
-    softmax = start == "softmax"
-    if softmax and start_is_step:
+    return resolve_steps(convention)
+
+
+def resolve_steps(rule: Convention) -> SinkhornSteps:
+    """Resolves the Sinkhorn axes and iterations of a convention for the functions below.
+
+    Example:
+        >>> len(resolve_steps(Convention("short", sinkhorn_iters=3)).steps)
+        6
+    """
+    steps = [_SUM_AXIS[name] for name in rule.sinkhorn_order.split("_")] * rule.sinkhorn_iters
+    softmax = rule.sinkhorn_start == "softmax"
+    if softmax and rule.sinkhorn_start_is_step:
         steps = steps[1:]
-    if softmax and eps_mode == "none":
+    if softmax and rule.sinkhorn_eps_mode == "none":
         # Without eps a softmax is a row step like any other.
         steps, softmax = [_SUM_AXIS["row"], *steps], False
-    return _Rule(tuple(steps), softmax, eps, eps_mode)
+    return SinkhornSteps(tuple(steps), softmax, rule.sinkhorn_eps, rule.sinkhorn_eps_mode)
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _iteration_dtype(logits: Tensor, rule: _Rule) -> torch.dtype:
+def iteration_dtype(n: int, dtype: torch.dtype, rule: SinkhornSteps) -> torch.dtype:
     """Returns float64 where an element below float32's range could grow into sight again.
 
     Without eps the divisors lie in [1/n, n], so an element grows at most n-fold a step. float32
     reaches down 87 nats; an element that ends 16 nats below 1 is out of sight. At 20 iterations
     this is float32 up to n = 6.
     """
-    growth = (len(rule.steps) - 2) * math.log(logits.shape[-1])
+    growth = (len(rule.steps) - 2) * math.log(n)
     if rule.eps_mode == "none" and growth > 87 - 16:
         return torch.float64
-    return _working_dtype(logits.dtype)
+    return working_dtype(dtype)
 
 
 def _to_token_last(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,12 +207,12 @@ def _log_normalise(log_m: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return shifted - total.log(), m / total
 
 
-def _first_matrix(logits: Tensor, rule: _Rule) -> tuple[Tensor, int]:
+def _first_matrix(logits: Tensor, rule: SinkhornSteps) -> tuple[Tensor, int]:
     """Returns the matrix from which plain divisions are safe, and how many steps led to it.
 
     Without eps, one step along each axis in the log domain is enough: afterwards the sums that were
     just normalised are 1 and no other sum exceeds n, so every later divisor lies in [1/n, n] and
-    only elements below the smallest float are lost, of which `_iteration_dtype` takes care. With
+    only elements below the smallest float are lost, of which `iteration_dtype` takes care. With
     eps, no divisor is below eps.
     """
     if rule.eps_mode == "none":
@@ -218,14 +226,16 @@ def _first_matrix(logits: Tensor, rule: _Rule) -> tuple[Tensor, int]:
     return (logits - logits.amax(rule.steps[0], keepdim=True)).exp(), 0
 
 
-def _divisor(m: Tensor, axis: int, rule: _Rule) -> Tensor:
+def _divisor(m: Tensor, axis: int, rule: SinkhornSteps) -> Tensor:
     total = m.sum(axis, keepdim=True)
     if rule.eps_mode == "add":
         return total + rule.eps
     return total.clamp(min=rule.eps) if rule.eps_mode == "clamp" else total
 
 
-def _log_gradient_step(grad: Tensor, m: Tensor, axis: int, divisor: Tensor, rule: _Rule) -> Tensor:
+def _log_gradient_step(
+    grad: Tensor, m: Tensor, axis: int, divisor: Tensor, rule: SinkhornSteps
+) -> Tensor:
     """Takes the gradient by log M back through one step, from the step's own result `m`.
 
     d log M' = d log M - sum(M' d log M), whatever eps is: with eps, M / divisor is still M'.
@@ -236,7 +246,9 @@ def _log_gradient_step(grad: Tensor, m: Tensor, axis: int, divisor: Tensor, rule
     return grad - m * total
 
 
-def _first_matrix_gradient(grad: Tensor, logits: Tensor, first: Tensor, rule: _Rule) -> Tensor:
+def _first_matrix_gradient(
+    grad: Tensor, logits: Tensor, first: Tensor, rule: SinkhornSteps
+) -> Tensor:
     """Takes the gradient by the logarithm of `_first_matrix`'s result back to the logits."""
     if rule.eps_mode == "none":
         early = _log_normalise(logits, rule.steps[0])[1]
@@ -254,33 +266,49 @@ def _first_matrix_gradient(grad: Tensor, logits: Tensor, first: Tensor, rule: _R
     return grad - share * grad.sum(axis, keepdim=True)
 
 
+def iterate(logits: Tensor, rule: SinkhornSteps) -> Tensor:
+    """Runs the steps on `logits: [n (row), n (column), tokens]`; returns the same shape."""
+    m, done = _first_matrix(logits, rule)
+    for axis in rule.steps[done:]:
+        m = m / _divisor(m, axis, rule)
+    return m
+
+
+def iterate_backward(grad_out: Tensor, logits: Tensor, rule: SinkhornSteps) -> Tensor:
+    """Takes the gradient by `iterate`'s result back to its logits, all `[n, n, tokens]`.
+
+    The iteration is recomputed; one vector of n divisors per step and token is kept.
+    """
+    first, done = _first_matrix(logits, rule)
+    m, tail, divisors = first, rule.steps[done:], []
+    for axis in tail:
+        divisors.append(_divisor(m, axis, rule))
+        m = m / divisors[-1]
+
+    grad = grad_out * m
+    for axis, divisor in zip(reversed(tail), reversed(divisors), strict=True):
+        grad = _log_gradient_step(grad, m, axis, divisor, rule)
+        m = m * divisor
+    return _first_matrix_gradient(grad, logits, first, rule)
+
+
 class _SinkhornKnopp(torch.autograd.Function):
     """Saves the logits alone; see `sinkhorn_knopp`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rule: _Rule) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, rule: SinkhornSteps) -> Tensor:
         ctx.save_for_backward(logits)
         ctx.rule = rule
-        m, done = _first_matrix(_to_token_last(logits, _iteration_dtype(logits, rule)), rule)
-        for axis in rule.steps[done:]:
-            m = m / _divisor(m, axis, rule)
-        return _from_token_last(m, logits.shape, _working_dtype(logits.dtype))
+        m = iterate(_to_token_last(logits, _dtype_of(logits, rule)), rule)
+        return _from_token_last(m, logits.shape, working_dtype(logits.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         (logits,) = ctx.saved_tensors
-        rule: _Rule = ctx.rule
-        log_m = _to_token_last(logits, _iteration_dtype(logits, rule))
-        first, done = _first_matrix(log_m, rule)
-        m, tail, divisors = first, rule.steps[done:], []
-        for axis in tail:
-            divisors.append(_divisor(m, axis, rule))
-            m = m / divisors[-1]
-
-        grad = _to_token_last(grad_out, log_m.dtype) * m
-        for axis, divisor in zip(reversed(tail), reversed(divisors), strict=True):
-            grad = _log_gradient_step(grad, m, axis, divisor, rule)
-            m = m * divisor
-
-        grad = _first_matrix_gradient(grad, log_m, first, rule)
+        log_m = _to_token_last(logits, _dtype_of(logits, ctx.rule))
+        grad = iterate_backward(_to_token_last(grad_out, log_m.dtype), log_m, ctx.rule)
         return _from_token_last(grad, logits.shape, logits.dtype), None
+
+
+def _dtype_of(logits: Tensor, rule: SinkhornSteps) -> torch.dtype:
+    return iteration_dtype(logits.shape[-1], logits.dtype, rule)
