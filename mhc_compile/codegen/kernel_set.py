@@ -7,16 +7,16 @@ from importlib import resources
 from typing import Any
 
 from mhc_compile.codegen.spec import OPS, KernelSpec, Tile
-from mhc_compile.codegen.tiles import choose_tile
+from mhc_compile.codegen.tiles import choose_tile, seam_backward_fits
 from mhc_compile.conventions import Convention
 
 # The seam, forward and backward, and what stands at the ends of a stream: a read without a mix
 # before it, a mix without a read after it.
 _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "mix": ({"mix": True, "read": True}, {"read": True}, {"mix": True}),
+    "project": ({"mix": True}, {}),
     "pre": ({"norm": "rms", "weight": True}, {}),
     "pre_backward": ({"norm": "rms", "weight": True}, {}),
-    "apply_backward": ({"mix": True, "read": True}, {"read": True}, {"mix": True}),
+    "read_backward": ({"carry": True}, {}),
 }
 
 
@@ -51,7 +51,11 @@ def kernel_set(
     """
     products = "split" if dtype == "bf16" else "tf32x3"
     specs = []
+    whole = seam_backward_fits(KernelSpec("mix", streams, channels, dtype, Tile(16), products))
+    ends = {"mix", "read_backward", "mix_backward"} if whole else {"mix"}
     for op in filter(has_template, OPS):
+        if seam_only and op in ends or op == "seam_backward" and not whole:
+            continue
         for fields in _VARIANTS.get(op, ({},))[: 1 if seam_only else None]:
             spec = KernelSpec(
                 op, streams, channels, dtype, Tile(16), products, target=target, **fields,
@@ -60,7 +64,7 @@ def kernel_set(
                 spec = replace(spec, rule=rule)
             specs.append(replace(spec, tile=choose_tile(spec, tokens)))
     # The parts that "gates" kernels add up are those of the kernel before.
-    mixes = [spec.tile.parts for spec in specs if spec.op == "mix" and spec.read]
+    mixes = [spec.tile.parts for spec in specs if spec.op == "project"]
     return tuple(
         replace(spec, tile=replace(spec.tile, parts=mixes[0])) if spec.op == "gates" else spec
         for spec in specs

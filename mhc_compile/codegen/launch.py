@@ -1,286 +1,218 @@
-"""Calls the generated kernels: one function an operator, forward and backward.
-
-Shapes and meanings are those of `runtime.ops`. Maps (pre, post, res) and their gradients lie
-component by component in memory, `[k, tokens]`, so that the values of neighbouring tokens are
-neighbours; what the caller sees are views with the tokens first.
-"""
+"""The operators of `runtime.ops` by generated kernels: same names, arguments and results."""
 
 from __future__ import annotations
-
-import math
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhc_compile.codegen.cache import load
-from mhc_compile.codegen.spec import MAX_STREAMS, KernelSpec, Tile
-from mhc_compile.codegen.tiles import choose_tile
+from mhc_compile.codegen.kernel_calls import NAMES, KernelCalls, Pair
+from mhc_compile.codegen.spec import MAX_STREAMS, NORMS
+from mhc_compile.codegen.tiles import seam_backward_fits
 from mhc_compile.conventions import Convention
+from mhc_compile.errors import MHCError
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_GROUPS = 8  # parts of the tokens whose shares of phi's gradient are added up in a fixed order
-_PROGRAMS = 1024  # that share the tokens where a norm's gradients are summed
-
-
-def supports(x: Tensor) -> bool:
-    """Whether there are kernels for these streams, `[..., n, C]`."""
-    return x.is_cuda and x.dtype in _NAMES and x.shape[-2] <= MAX_STREAMS and x.shape[-1] > 0
+Results = tuple[Tensor, ...]
 
 
-class _Call:
-    """The kernels for one set of streams `[..., n, C]`."""
+def supports(tensor: Tensor) -> bool:
+    """Whether there are kernels for what has this device and dtype."""
+    return tensor.is_cuda and tensor.dtype in NAMES
 
-    def __init__(self, x: Tensor, rule: Convention | None = None, products: str | None = None):
-        self.lead, (self.n, self.channels) = x.shape[:-2], x.shape[-2:]
-        self.tokens = math.prod(self.lead)
-        self.dtype, self.device = x.dtype, x.device
-        self.maps = self.n * (self.n + 2)
-        self.programs = 2
-        if x.is_cuda:
-            self.programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
-        target = "interpret" if not x.is_cuda else "hip" if torch.version.hip else "cuda"
-        name = _NAMES[x.dtype]
-        products = products or ("split" if name == "bf16" else "tf32x3")
-        self.base = KernelSpec(
-            "mix", self.n, self.channels, name, Tile(16), products,
-            rule or Convention("paper"), target=target,
-        )  # fmt: skip
 
-    def spec(self, op: str, **fields: Any) -> KernelSpec:
-        """The kernel of an operation for these streams; "gates" alone depend on the rule."""
-        if not op.startswith("gates"):
-            fields["rule"] = Convention("paper")
-        spec = replace(self.base, op=op, **fields)
-        return replace(spec, tile=choose_tile(spec, self.tokens))
+def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Results:
+    """Eq. (14)-(19): `(pre, post, res, proj, square)`."""
+    call = _calls(x, rule)
+    _, partial = call.project(call.streams(x), None, None, None, call.split_phi(phi))
+    return _outputs(call, call.gates(partial, alpha, bias))
 
-    def run(self, spec: KernelSpec, grid: tuple[int, ...], *args: Any) -> None:
-        """Launches a kernel; None stands for an argument that it does not read."""
-        if self.tokens:
-            tile = spec.tile
-            load(spec)[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory for a result."""
-        return torch.empty(shape, dtype=dtype, device=self.device)
+def coefficients_backward(
+    g_pre: Tensor | None, g_post: Tensor | None, g_res: Tensor | None, x: Tensor, phi: Tensor,
+    alpha: Tensor, bias: Tensor, proj: Tensor, square: Tensor, rule: str, need_phi: bool = True,
+) -> Results:  # fmt: skip
+    """Gradients by `(x, phi, alpha, bias)`."""
+    return read_backward(
+        None, g_pre, g_post, g_res, x, phi, alpha, bias, None, proj, square, rule, need_phi
+    )
 
-    def flat(self, tensor: Tensor, *shape: int) -> Tensor:
-        """`[tokens, *shape]`, contiguous and in the streams' dtype."""
-        return tensor.to(self.dtype).reshape(self.tokens, *shape).contiguous()
 
-    def by_component(self, tensor: Tensor | None, count: int) -> Tensor:
-        """Maps or their gradients as `[count, tokens]` float32; zeros for a missing gradient."""
-        if tensor is None:
-            return torch.zeros(count, self.tokens, device=self.device)
-        return tensor.float().reshape(self.tokens, count).t().contiguous()
+def pre(x: Tensor, pre: Tensor) -> Tensor:
+    """`h = sum_i pre_i x_i`."""
+    call = _calls(x)
+    h = call.pre(call.streams(x), call.by_component(pre, call.n), None, None, "none", 0.0)
+    return h.view(*call.lead, call.channels)
 
-    def by_token(self, maps: Tensor, *shape: int) -> Tensor:
-        """A view `[..., *shape]` of `[count, tokens]`."""
-        return maps.t().unflatten(0, self.lead).unflatten(-1, shape) if self.lead else maps.view(shape)
 
-    def tiles(self, spec: KernelSpec) -> int:
-        """Token tiles of a kernel."""
-        return math.ceil(self.tokens / spec.tile.tokens)
+def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
+    """Gradients by `(x, pre)`."""
+    call = _calls(x)
+    maps = call.by_component(pre, call.n)
+    _, g_pre, _, _ = call.pre_backward(
+        call.streams(x), maps, call.single(g_h), None, None, "none", 0.0
+    )
+    g_x = (pre.unsqueeze(-1) * g_h.unsqueeze(-2)).to(x.dtype)
+    return g_x, call.by_token(g_pre, call.n).to(pre.dtype)
 
-    # --- one method a kernel --------------------------------------------------------------
 
-    def split_phi(self, phi: Tensor) -> tuple[Tensor, Tensor | None]:
-        """phi as `[n, columns, C]` and `[n, C, columns]`: bf16 high and low parts, or float32."""
-        spec = self.spec("split_phi")
-        narrow = spec.products in ("split", "bf16")
-        shape = (2, self.n * spec.columns * self.channels)
-        high = self.empty(*shape, dtype=torch.bfloat16 if narrow else torch.float32)
-        low = torch.empty_like(high) if spec.products == "split" else None
-        grid = (math.ceil(self.channels / spec.tile.width), self.n)
-        self.run(spec, grid, phi.contiguous(), high, low, self.tokens)
-        return high, low
+def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
+    """`y_i = sum_j res_ij x_j + post_i f`."""
+    call = _calls(x)
+    return call.mix(call.streams(x), call.single(f), *call.mixing(post, res)).view(x.shape)
 
-    def mix(self, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
-        """y = res x + post f."""
-        spec = self.spec("mix")
-        y = torch.empty_like(x)
-        self.run(spec, (self.tiles(spec) * spec.tile.parts,), x, f, post, res, y, self.tokens)
-        return y
 
-    def project(
-        self, x: Tensor, f: Tensor | None, post: Tensor | None, res: Tensor | None,
-        phi: tuple[Tensor, Tensor | None],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The partial products `[parts, maps + 1, tokens]` of y = res x + post f, or of x."""
-        spec = self.spec("project", mix=f is not None)
-        parts = spec.tile.parts
-        y = torch.empty_like(x) if f is not None else x
-        partial = self.empty(parts, self.maps + 1, self.tokens)
-        self.run(spec, (self.tiles(spec) * parts,), x, f, post, res, *phi, y, partial, self.tokens)
-        return y, partial
+def post_res_backward(g_y: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Results:
+    """Gradients by `(x, f, post, res)`."""
+    call = _calls(x)
+    back = call.mix_backward(
+        call.streams(x), call.single(f), *call.mixing(post, res), call.streams(g_y)
+    )
+    return _mixing_gradients(call, back, (x, f, post, res))
 
-    def gates(self, partial: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        """pre, post, res, proj `[k, tokens]` and square `[tokens]` of the partial products."""
-        spec = self.spec("gates", tile=replace(self.base.tile, parts=partial.shape[0]))
-        n = self.n
-        out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
-        square = self.empty(self.tokens)
-        self.run(spec, (self.tiles(spec),), partial, alpha, bias, *out, square, self.tokens)
-        return (*out, square)
 
-    def pre(
-        self, x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str,
-        eps: float,
-    ) -> Tensor:  # fmt: skip
-        """h = sum_i pre_i x_i, normed."""
-        spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None)
-        h = self.empty(self.tokens, self.channels, dtype=self.dtype)
-        grid = (self.tiles(spec) * spec.tile.parts,)
-        self.run(spec, grid, x, pre, weight, shift, h, self.tokens, eps)
-        return h
+def read(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Results:
+    """`coefficients`, then `pre`: `(h, pre, post, res, proj, square)`."""
+    call = _calls(x, rule)
+    streams = call.streams(x)
+    _, partial = call.project(streams, None, None, None, call.split_phi(phi))
+    gates = call.gates(partial, alpha, bias)
+    h = call.pre(streams, gates[0], None, None, "none", 0.0)
+    return h.view(*call.lead, call.channels), *_outputs(call, gates)
 
-    def pre_backward(
-        self, x: Tensor, pre: Tensor, g: Tensor, weight: Tensor | None, shift: Tensor | None,
-        norm: str, eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """The gradients of the norm's input, of pre `[n, tokens]`, of weight and of shift."""
-        spec = self.spec("pre_backward", norm=norm, weight=weight is not None,
-                         shift=shift is not None)  # fmt: skip
-        g_pre = self.empty(self.n, self.tokens)
-        if norm == "none":
-            self.run(spec, (self.tiles(spec),), x, pre, None, g, None, g_pre, None, None,
-                     self.tokens, eps)  # fmt: skip
-            return g, g_pre, None, None
-        programs = min(self.tokens, _PROGRAMS)
-        g_h = torch.empty_like(g)
-        sums = [self.empty(programs, self.channels) if v is not None else None
-                for v in (weight, shift)]  # fmt: skip
-        self.run(spec, (programs,), x, pre, weight, g, g_h, g_pre, *sums, self.tokens, eps)
-        totals = [s.sum(0).to(v.dtype) if s is not None and v is not None else None
-                  for s, v in zip(sums, (weight, shift), strict=True)]  # fmt: skip
-        return g_h, g_pre, totals[0], totals[1]
 
-    def gates_backward(
-        self, proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, g_pre: Tensor,
-        g_post: Tensor, g_res: Tensor,
-    ) -> tuple[tuple[Tensor, Tensor | None], Tensor, Tensor, Tensor]:  # fmt: skip
-        """dh (high and low, `[tokens, columns]`), scale `[tokens]`, and gradients of alpha, bias."""
-        spec = self.spec("gates_backward", tile=replace(self.base.tile, parts=g_pre.shape[0]))
-        narrow = spec.products in ("split", "bf16")
-        high = self.empty(self.tokens, spec.columns,
-                          dtype=torch.bfloat16 if narrow else torch.float32)  # fmt: skip
-        low = torch.empty_like(high) if spec.products == "split" else None
-        scale = self.empty(self.tokens)
-        sums = self.empty(self.tiles(spec), self.maps + 3)
-        self.run(spec, (self.tiles(spec),), proj, square, alpha, bias, g_pre, g_post, g_res, high,
-                 low, scale, sums, self.tokens)  # fmt: skip
-        total = sums.sum(0)
-        return (high, low), scale, total[self.maps :], total[: self.maps]
-
-    def apply_backward(
-        self, x: Tensor, mixed: tuple[Tensor, Tensor, Tensor, Tensor] | None,
-        read: tuple[Tensor, Tensor, Any, Any, Tensor] | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """g_x, and with `mixed` = (f, post, res, g_y) also g_f and `[n*n + n, tokens]` dots.
-
-        `read` is (pre, g_h, phi, dh, scale).
-        """
-        spec = self.spec("apply_backward", mix=mixed is not None, read=read is not None)
-        parts = spec.tile.parts
-        f, post, res, g_y = mixed or (None,) * 4
-        pre, g_h, phi, dh, scale = read or (None, None, (None, None), (None, None), None)
-        g_x = torch.empty_like(x)
-        g_f = torch.empty_like(f) if f is not None else None
-        dots = self.empty(parts, self.n * (self.n + 1), self.tokens) if f is not None else None
-        programs = min(self.tiles(spec) * parts, self.programs)
-        products = None
-        if read is not None:
-            products = self.empty(programs, spec.tile.tokens * self.n * spec.tile.width,
-                                  dtype=self.dtype)  # fmt: skip
-        self.run(spec, (programs,), x, f, post, res, g_y, pre, g_h,
-                 *(p if p is None else p[1] for p in phi), *dh, scale, g_x, g_f, dots, products,
-                 self.tokens)  # fmt: skip
-        return g_x, g_f, None if dots is None else dots.sum(0)
-
-    def read_backward(
-        self, y: Tensor, g_y: Tensor | None, pre: Tensor, g_h: Tensor, phi: Any, dh: Any,
-        scale: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """The gradient of the streams that were read, added to g_y."""
-        spec = self.spec("read_backward", carry=g_y is not None)
-        g = torch.empty_like(y)
-        high, low = (p if p is None else p[1] for p in phi)
-        self.run(spec, (self.tiles(spec) * spec.tile.parts,), y, g_y, pre, g_h, high, low, *dh,
-                 scale, g, self.tokens)  # fmt: skip
-        return g
-
-    def mix_backward(
-        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """g_x, g_f and the gradients of res and post, `[n*n + n, tokens]`."""
-        spec = self.spec("mix_backward")
-        parts = spec.tile.parts
-        g_x, g_f = torch.empty_like(x), torch.empty_like(f)
-        dots = self.empty(parts, self.n * (self.n + 1), self.tokens)
-        self.run(spec, (self.tiles(spec) * parts,), x, f, post, res, g_y, g_x, g_f, dots,
-                 self.tokens)  # fmt: skip
-        return g_x, g_f, dots.sum(0)
-
-    def phi_backward(self, y: Tensor, dh: tuple[Tensor, Tensor | None]) -> Tensor:
-        """The gradient of phi, `[nC, maps]`; each group of tokens writes its share."""
-        spec = self.spec("phi_backward")
-        groups = max(1, min(_GROUPS, math.ceil(self.tokens / 512)))
-        span = math.ceil(self.tokens / (groups * spec.tile.tokens)) * spec.tile.tokens
-        shares = self.empty(groups, self.n * self.channels, self.maps)
-        grid = (math.ceil(self.n * self.channels / spec.tile.width), groups)
-        self.run(spec, grid, y, *dh, shares, self.tokens, span)
-        return shares.sum(0) if groups > 1 else shares[0]
+def read_backward(
+    g_h: Tensor | None, g_pre: Tensor | None, g_post: Tensor | None, g_res: Tensor | None,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, pre: Tensor | None, proj: Tensor,
+    square: Tensor, rule: str, need_phi: bool = True,
+) -> Results:  # fmt: skip
+    """Gradients by `(x, phi, alpha, bias)`."""
+    call = _calls(x, rule)
+    streams = call.streams(x)
+    terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]
+    if g_h is None or pre is None:  # h was not used
+        maps = call.by_component(None, call.n)
+        gradient = torch.zeros(call.tokens, call.channels, dtype=x.dtype, device=x.device)
+    else:
+        maps, gradient = call.by_component(pre, call.n), call.single(g_h)
+        terms.append(call.pre_backward(streams, maps, gradient, None, None, "none", 0.0)[1])
+    dh, scale, *parameters = _projection_backward(
+        call, streams, (phi, alpha, bias), proj, square, terms, g_post, g_res, need_phi
+    )
+    g_x = call.read_backward(streams, None, maps, gradient, call.split_phi(phi), dh, scale)
+    return g_x.view(x.shape), *parameters
 
 
 def seam(
     x: Tensor, f: Tensor, post: Tensor, res: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
     weight: Tensor | None, shift: Tensor | None, norm: str, norm_eps: float, rule: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """`ops.seam` on a GPU: mix with products, gates, pre with norm."""
-    call = _Call(x, Convention.from_key(rule))
-    n, c = call.n, call.channels
+) -> Results:  # fmt: skip
+    """`post_res`, `read` of its result, norm of h: `(y, h, pre, post, res, proj, square)`."""
+    call = _calls(x, rule)
+    _check_norm(norm)
     y, partial = call.project(
-        call.flat(x, n, c), call.flat(f, c), call.by_component(post, n),
-        call.by_component(res, n * n), call.split_phi(phi),
-    )  # fmt: skip
-    pre, post, res, proj, square = call.gates(partial, alpha, bias)
-    h = call.pre(y, pre, weight, shift, norm, norm_eps)
-    return (y.view(x.shape), h.view(f.shape), call.by_token(pre, n), call.by_token(post, n),
-            call.by_token(res, n, n), proj, square)  # fmt: skip
+        call.streams(x), call.single(f), *call.mixing(post, res), call.split_phi(phi)
+    )
+    gates = call.gates(partial, alpha, bias)
+    h = call.pre(y, gates[0], weight, shift, norm, norm_eps)
+    return y.view(x.shape), h.view(*call.lead, call.channels), *_outputs(call, gates)
 
 
 def seam_backward(
-    g_y: Tensor | None, g_h: Tensor, g_pre: Tensor | None, g_post: Tensor | None,
+    g_y: Tensor | None, g_h: Tensor | None, g_pre: Tensor | None, g_post: Tensor | None,
     g_res: Tensor | None, x: Tensor, f: Tensor, post: Tensor, res: Tensor, y: Tensor, phi: Tensor,
-    alpha: Tensor, bias: Tensor, weight: Tensor | None, shift: Tensor | None, pre: Tensor,
-    proj: Tensor, square: Tensor, norm: str, norm_eps: float, rule: str,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """`ops.seam_backward` on a GPU."""
-    call = _Call(x, Convention.from_key(rule))
-    n, c = call.n, call.channels
-    flat_x, flat_y, flat_f = call.flat(x, n, c), call.flat(y, n, c), call.flat(f, c)
-    flat_g = torch.zeros_like(flat_y) if g_y is None else call.flat(g_y, n, c)
-    maps = call.by_component(pre, n)
-    gradient, parts, g_weight, g_shift = call.pre_backward(
-        flat_y, maps, call.flat(g_h, c), weight, shift, norm, norm_eps
+    alpha: Tensor, bias: Tensor, weight: Tensor | None, shift: Tensor | None, pre_next: Tensor,
+    proj: Tensor, square: Tensor, norm: str, norm_eps: float, rule: str, need_phi: bool = True,
+) -> Results:  # fmt: skip
+    """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`."""
+    call = _calls(x, rule)
+    _check_norm(norm)
+    mixed, flat_y = (call.streams(x), call.single(f), *call.mixing(post, res)), call.streams(y)
+    flat_g = torch.zeros_like(flat_y) if g_y is None else call.streams(g_y)
+    maps = call.by_component(pre_next, call.n)
+    terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]
+    affine: list[Tensor | None] = [None, None]
+    if g_h is None:
+        gradient = torch.zeros_like(mixed[1])
+    else:
+        gradient, term, *affine = call.pre_backward(
+            flat_y, maps, call.single(g_h), weight, shift, norm, norm_eps
+        )
+        terms.append(term)
+    dh, scale, *parameters = _projection_backward(
+        call, flat_y, (phi, alpha, bias), proj, square, terms, g_post, g_res, need_phi
     )
+    halves = call.split_phi(phi)
+    if seam_backward_fits(call.base):
+        back = call.seam_backward(*mixed, flat_g, maps, gradient, halves, dh, scale)
+    else:
+        whole = call.read_backward(flat_y, flat_g, maps, gradient, halves, dh, scale)
+        back = call.mix_backward(*mixed, whole)
+    g_weight, g_shift = (x.new_empty(0) if g is None else g for g in affine)
+    return *_mixing_gradients(call, back, (x, f, post, res)), *parameters, g_weight, g_shift
+
+
+def expand(x: Tensor, n: int) -> Tensor:
+    """Copies `[..., C]` into `[..., n, C]`; torch copies at the rate of the memory."""
+    return x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]).contiguous()
+
+
+def expand_backward(g_y: Tensor) -> Tensor:
+    """Gradient by `x`."""
+    return g_y.sum(-2)
+
+
+def collapse(x: Tensor, weight: Tensor) -> Tensor:
+    """`h = sum_i weight_i x_i`, one weight a stream."""
+    return pre(x, weight.expand(x.shape[:-1]))
+
+
+def collapse_backward(g_h: Tensor, x: Tensor | None, weight: Tensor) -> Results:
+    """Gradients by `(x, weight)`; x is None where the weight needs none."""
+    if x is None:
+        return (weight.unsqueeze(-1) * g_h.unsqueeze(-2)).to(g_h.dtype), weight.new_empty(0)
+    g_x, g_each = pre_backward(g_h, x, weight.expand(x.shape[:-1]))
+    return g_x, g_each.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+
+
+def _calls(x: Tensor, rule: str | None = None) -> KernelCalls:
+    if x.shape[-2] > MAX_STREAMS:
+        raise MHCError(
+            f"there are kernels for up to {MAX_STREAMS} streams, got {x.shape[-2]}; run the model "
+            'with kernels="reference", or with fewer streams'
+        )
+    return KernelCalls(x, None if rule is None else Convention.from_key(rule))
+
+
+def _outputs(call: KernelCalls, gates: tuple[Tensor, ...]) -> Results:
+    pre, post, res, proj, square = gates
+    n = call.n
+    return call.by_token(pre, n), call.by_token(post, n), call.by_token(res, n, n), proj, square
+
+
+def _projection_backward(
+    call: KernelCalls, y: Tensor, parameters: tuple[Tensor, Tensor, Tensor], proj: Tensor,
+    square: Tensor, terms: list[Tensor], g_post: Tensor | None, g_res: Tensor | None,
+    need_phi: bool,
+) -> tuple[Pair, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dh, scale and the gradients of phi, alpha and bias; pre's gradient is the sum of `terms`."""
+    phi, alpha, bias = parameters
+    g_pre = torch.stack(terms) if terms else call.by_component(None, call.n).unsqueeze(0)
     dh, scale, g_alpha, g_bias = call.gates_backward(
-        proj, square, alpha, bias, _with_direct(call, parts, g_pre), call.by_component(g_post, n),
-        call.by_component(g_res, n * n),
+        proj, square, alpha, bias, g_pre, call.by_component(g_post, call.n),
+        call.by_component(g_res, call.n**2),
     )  # fmt: skip
-    g_x, g_f, dots = call.apply_backward(
-        flat_x, (flat_f, call.by_component(post, n), call.by_component(res, n * n), flat_g),
-        (maps, gradient, call.split_phi(phi), dh, scale),
-    )  # fmt: skip
-    assert g_f is not None and dots is not None
-    g_phi = call.phi_backward(flat_y, dh)
-    return (g_x.view(x.shape), g_f.view(f.shape), call.by_token(dots[n * n :], n),
-            call.by_token(dots[: n * n], n, n), g_phi, g_alpha, g_bias, g_weight, g_shift)  # fmt: skip
+    g_phi = call.phi_backward(y, dh) if need_phi else call.empty(0)
+    return dh, scale, g_phi.to(phi.dtype), g_alpha.to(alpha.dtype), g_bias.to(bias.dtype)
 
 
-def _with_direct(call: _Call, parts: Tensor, g_pre: Tensor | None) -> Tensor:
-    """Gradients of pre by way of h and given directly, `[parts, n, tokens]`."""
-    if g_pre is None:
-        return parts.unsqueeze(0)
-    return torch.stack([parts, call.by_component(g_pre, call.n)])
+def _mixing_gradients(
+    call: KernelCalls, back: tuple[Tensor, Tensor, Tensor], like: tuple[Tensor, ...]
+) -> Results:
+    """Gradients by `(x, f, post, res)` in their shapes and dtypes."""
+    (g_x, g_f, dots), (x, f, post, res), n = back, like, call.n
+    g_post, g_res = call.by_token(dots[n * n :], n), call.by_token(dots[: n * n], n, n)
+    return g_x.view(x.shape), g_f.view(f.shape), g_post.to(post.dtype), g_res.to(res.dtype)
+
+
+def _check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise MHCError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")

@@ -16,6 +16,7 @@ Dims = tuple[int | str, ...]
 _GROUP_TOKENS = 512  # fewest tokens of a group of "phi_backward"
 _GROUPS = 8
 _PROGRAMS = 1024
+_WORKERS = 528  # 4 for each multiprocessor of an H100
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ _STREAMS: dict[str, Callable[[KernelSpec], Dims]] = {
     "y": lambda s: ("tokens", s.streams, s.channels),
     "f": lambda s: ("tokens", s.channels),
     "h": lambda s: ("tokens", s.channels),
+    "g": lambda s: ("tokens", s.streams, s.channels),
+    "products": lambda s: ("workers", s.streams, s.tile.tokens, s.tile.width),
     "out": lambda s: ("tokens", s.channels),
     "weight": lambda s: (s.channels,),
     "shift": lambda s: (s.channels,),
@@ -92,6 +95,7 @@ _SCALARS = {"tokens": "i32", "group_tokens": "i32", "eps": "fp32"}
 _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
     ("split_phi", "high"): lambda s: (2, s.streams, s.columns, s.channels),
     ("gates_backward", "high"): lambda s: ("tokens", s.columns),
+    ("read_backward", "high"): lambda s: (s.streams, s.channels, s.columns),
     ("gates_backward", "g_pre"): lambda s: (s.tile.parts, s.streams, "tokens"),
 }
 
@@ -145,7 +149,8 @@ def signature(spec: KernelSpec) -> dict[str, str]:
 def counts(spec: KernelSpec, tokens: int) -> dict[str, int]:
     """How many tokens, token tiles, programs and groups of tokens a launch has.
 
-    "programs" are those of a kernel that loops over tokens.
+    "programs" are those of a kernel that loops over tokens, "workers" those of one that loops over
+    tiles and keeps something in the caches for each.
     """
     tiles = math.ceil(tokens / spec.tile.tokens)
     return {
@@ -153,6 +158,7 @@ def counts(spec: KernelSpec, tokens: int) -> dict[str, int]:
         "tiles": tiles,
         "programs": min(tokens, _PROGRAMS),
         "groups": max(1, min(_GROUPS, math.ceil(tokens / _GROUP_TOKENS))),
+        "workers": min(tiles * spec.tile.parts, _WORKERS),
         "launch": 1,
     }
 
@@ -172,6 +178,8 @@ def grid(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
         return (math.ceil(spec.streams * spec.channels / tile.width), count["groups"])
     if spec.op == "pre_backward" and spec.norm != "none":
         return (count["programs"],)
+    if spec.op == "seam_backward":
+        return (count["workers"],)
     if spec.op in ("gates", "gates_backward"):  # their parts were computed by another kernel
         return (count["tiles"],)
     return (count["tiles"] * tile.parts,)

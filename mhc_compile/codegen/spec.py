@@ -11,7 +11,7 @@ from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
 OPS = (
-    "split_phi", "mix", "project", "gates", "pre", "pre_backward", "gates_backward", "apply_backward",
+    "split_phi", "mix", "project", "gates", "pre", "pre_backward", "gates_backward", "seam_backward",
     "read_backward", "mix_backward", "phi_backward", "seam_once",
 )  # fmt: skip
 DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
@@ -56,8 +56,8 @@ class KernelSpec:
             bf16 alone; "tf32x3" and "tf32": as in Triton, on float32 operands.
         tile: see `Tile`.
         rule: the numerical axes; only "gates" kernels depend on it.
-        mix: the streams are mixed first, y = res x + post f ("project", "apply_backward").
-        read: the gradients of a read are part of it ("apply_backward").
+        mix: the streams are mixed first, y = res x + post f ("project").
+        carry: a gradient of the streams is added ("read_backward").
         norm: the norm of the next sublayer, done with the read ("pre", "pre_backward").
         weight: that norm has a weight.
         shift: that norm has a shift.
@@ -72,7 +72,6 @@ class KernelSpec:
     products: str = "split"
     rule: Convention = field(default_factory=lambda: Convention("paper"))
     mix: bool = False
-    read: bool = False
     carry: bool = False
     norm: str = "none"
     weight: bool = False

@@ -36,17 +36,22 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(4, width, math.ceil(c / width), 4)
     if spec.op == "pre_backward":
         if spec.norm != "none":
-            return Tile(1, short, 1, 8 if c > 2560 else 4)
-        return Tile(2, min(512, short), 1, 4)
-    if spec.op == "apply_backward":
+            return Tile(1, short, 1, 4)
+        return Tile(1, min(1024, short), 1, 4)
+    if spec.op == "seam_backward":
         width = max(16, min(256, short))
-        return Tile(32, width, math.ceil(c / width), 4, 2)
+        return Tile(64, width, math.ceil(c / width), 4, 2, 128)
     if spec.op == "read_backward":
         width = max(16, min(32, short))
-        return Tile(16, width, math.ceil(c / 256), 1, 2)
+        return Tile(16, width, math.ceil(c / 128), 1, 2)
     if spec.op == "mix_backward":
         width = min(256, short)
         return Tile(4, width, math.ceil(c / width), 4)
     assert spec.op == "phi_backward"
-    return Tile(32, max(16, min(64, 1 << (n * c - 1).bit_length())), 1, 4, 2)
+    return Tile(32, max(16, min(128, 1 << (n * c - 1).bit_length())), 1, 4, 3)
 
+
+
+def seam_backward_fits(spec: KernelSpec) -> bool:
+    """Whether one kernel can do the seam's backward: with more streams registers run out."""
+    return spec.streams <= 4

@@ -35,8 +35,10 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "split_phi":
         return "phi", f"high{low}"
     if spec.op == "mix":
-        read = "x" + (" f post res" if spec.mix else "") + (f" high{low}" if spec.read else "")
-        return read, ("y " if spec.mix else "") + ("partial" if spec.read else "")
+        return "x f post res", "y"
+    if spec.op == "project":
+        mix = " f post res" if spec.mix else ""
+        return f"x{mix} high{low}", ("y " if spec.mix else "") + "partial"
     if spec.op == "gates":
         return "partial alpha bias", "pre post res proj square"
     if spec.op == "pre":
@@ -48,11 +50,14 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
         return f"x pre g_out{weight}", f"g_h g_pre{sums}"
     if spec.op == "gates_backward":
         return "proj square alpha bias g_pre g_post g_res", f"high{low} scale sums"
-    if spec.op == "apply_backward":
+    if spec.op == "seam_backward":
         products = "phi_high dh_high" + (" phi_low dh_low" if split else "")
-        read = "x" + (" f post res g_y" if spec.mix else "")
-        read += f" pre g_h scale {products}" if spec.read else ""
-        return read, "g_x" + (" g_f dots" if spec.mix else "")
+        return f"x f post res g_y pre g_h scale {products} products", "g_x g_f dots products"
+    if spec.op == "read_backward":
+        products = "high dh_high" + (" low dh_low" if split else "")
+        return f"y pre g_h scale {products}" + (" g_y" if spec.carry else ""), "g"
+    if spec.op == "mix_backward":
+        return "x f post res g_y", "g_x g_f dots"
     if spec.op == "phi_backward":
         return "y dh_high" + (" dh_low" if split else ""), "g_phi"
     raise MHCError(f"the traffic of kernel {spec.op!r} is not stated: add it to traffic.py")

@@ -1,0 +1,234 @@
+"""Launches of the generated kernels: one method a kernel, with memory for its results.
+
+Kernels take maps (pre, post, res) and their gradients component by component, `[k, tokens]`, so
+that the values of neighbouring tokens are neighbours in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhc_compile.codegen.cache import load
+from mhc_compile.codegen.signature import counts, grid, group_tokens
+from mhc_compile.codegen.spec import KernelSpec, Tile
+from mhc_compile.codegen.tiles import choose_tile
+from mhc_compile.conventions import Convention
+
+Pair = tuple[Tensor, Tensor | None]
+"""What enters products: high and low parts in bf16, or float32 and None."""
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class KernelCalls:
+    """The kernels for one set of streams `x: [..., n, C]`.
+
+    Attributes:
+        lead: the leading dimensions.
+        n: the number of streams.
+        channels: C.
+        tokens: the product of `lead`.
+        maps: columns of phi.
+    """
+
+    def __init__(self, x: Tensor, rule: Convention | None = None) -> None:
+        self.lead, (self.n, self.channels) = x.shape[:-2], x.shape[-2:]
+        self.tokens = math.prod(self.lead)
+        self.dtype, self.device = x.dtype, x.device
+        self.maps = self.n * (self.n + 2)
+        target = "interpret" if not x.is_cuda else "hip" if torch.version.hip else "cuda"
+        name = NAMES[x.dtype]
+        self.base = KernelSpec(
+            "mix", self.n, self.channels, name, Tile(16), "split" if name == "bf16" else "tf32x3",
+            rule or Convention("paper"), target=target,
+        )  # fmt: skip
+
+    def spec(self, op: str, **fields: Any) -> KernelSpec:
+        """The kernel of an operation for these streams; "gates" alone depend on the rule."""
+        if not op.startswith("gates"):
+            fields["rule"] = Convention("paper")
+        spec = replace(self.base, op=op, **fields)
+        return replace(spec, tile=choose_tile(spec, self.tokens))
+
+    def run(self, spec: KernelSpec, *args: Any) -> None:
+        """Launches a kernel; None stands for an argument that it does not read."""
+        if self.tokens:
+            tile = spec.tile
+            kernel = load(spec)[grid(spec, self.tokens)]
+            kernel(*args, num_warps=tile.warps, num_stages=tile.stages)
+
+    def count(self, spec: KernelSpec, what: str) -> int:
+        """Tiles, programs, workers or groups of a launch, see `signature.counts`."""
+        return counts(spec, self.tokens)[what]
+
+    # --- shapes ---------------------------------------------------------------------------
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Memory for a result."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def streams(self, tensor: Tensor) -> Tensor:
+        """Streams or their gradients as `[tokens, n, C]`, contiguous."""
+        return tensor.to(self.dtype).reshape(self.tokens, self.n, self.channels).contiguous()
+
+    def single(self, tensor: Tensor) -> Tensor:
+        """A sublayer's input or result, or a gradient of it, as `[tokens, C]`, contiguous."""
+        return tensor.to(self.dtype).reshape(self.tokens, self.channels).contiguous()
+
+    def by_component(self, tensor: Tensor | None, count: int) -> Tensor:
+        """Maps or their gradients as `[count, tokens]` float32; zeros for a missing gradient."""
+        if tensor is None:
+            return torch.zeros(count, self.tokens, device=self.device)
+        return tensor.float().reshape(self.tokens, count).t().contiguous()
+
+    def by_token(self, maps: Tensor, *shape: int) -> Tensor:
+        """`[..., *shape]`, contiguous, of `[count, tokens]`."""
+        return maps.t().contiguous().view(*self.lead, *shape)
+
+    def mixing(self, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor]:
+        """The maps of a mix, component by component."""
+        return self.by_component(post, self.n), self.by_component(res, self.n**2)
+
+    # --- forward --------------------------------------------------------------------------
+
+    def split_phi(self, phi: Tensor) -> Pair:
+        """phi as `[n, columns, C]`, then as `[n, C, columns]`."""
+        spec = self.spec("split_phi")
+        narrow = spec.products in ("split", "bf16")
+        size = self.n * spec.columns * self.channels
+        high = self.empty(2, size, dtype=torch.bfloat16 if narrow else torch.float32)
+        low = torch.empty_like(high) if spec.products == "split" else None
+        if phi.numel():
+            self.run(spec, phi.contiguous(), high, low, self.tokens)
+        return high, low
+
+    def mix(self, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
+        """y = res x + post f."""
+        y = torch.empty_like(x)
+        self.run(self.spec("mix"), x, f, post, res, y, self.tokens)
+        return y
+
+    def project(
+        self, x: Tensor, f: Tensor | None, post: Tensor | None, res: Tensor | None, phi: Pair
+    ) -> tuple[Tensor, Tensor]:
+        """y = res x + post f, or x, and its partial products `[parts, maps + 1, tokens]`."""
+        spec = self.spec("project", mix=f is not None)
+        y = torch.empty_like(x) if f is not None else x
+        partial = self.empty(spec.tile.parts, self.maps + 1, self.tokens)
+        self.run(spec, x, f, post, res, *phi, y, partial, self.tokens)
+        return y, partial
+
+    def gates(self, partial: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        """pre, post, res, proj `[k, tokens]` and square `[tokens]` of the partial products."""
+        spec = self.spec("gates", tile=replace(self.base.tile, parts=partial.shape[0]))
+        n = self.n
+        out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
+        square = self.empty(self.tokens)
+        self.run(spec, partial, alpha.contiguous(), bias.contiguous(), *out, square, self.tokens)
+        return (*out, square)
+
+    def pre(
+        self, x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        """h = sum_i pre_i x_i, normed, `[tokens, C]`."""
+        spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None)
+        h = self.empty(self.tokens, self.channels, dtype=self.dtype)
+        self.run(spec, x, pre, weight, shift, h, self.tokens, eps)
+        return h
+
+    # --- backward -------------------------------------------------------------------------
+
+    def pre_backward(
+        self, x: Tensor, pre: Tensor, g: Tensor, weight: Tensor | None, shift: Tensor | None,
+        norm: str, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """The gradients of the norm's input, of pre `[n, tokens]`, of weight and of shift."""
+        spec = self.spec("pre_backward", norm=norm, weight=weight is not None,
+                         shift=shift is not None)  # fmt: skip
+        g_pre = self.empty(self.n, self.tokens)
+        if norm == "none":
+            self.run(spec, x, pre, None, g, None, g_pre, None, None, self.tokens, eps)
+            return g, g_pre, None, None
+        g_h = torch.empty_like(g)
+        programs = self.count(spec, "programs")
+        sums = [self.empty(programs, self.channels) if v is not None else None
+                for v in (weight, shift)]  # fmt: skip
+        self.run(spec, x, pre, weight, g, g_h, g_pre, *sums, self.tokens, eps)
+        affine = [s.sum(0).to(v.dtype) if s is not None and v is not None else None
+                  for s, v in zip(sums, (weight, shift), strict=True)]  # fmt: skip
+        return g_h, g_pre, affine[0], affine[1]
+
+    def gates_backward(
+        self, proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, g_pre: Tensor,
+        g_post: Tensor, g_res: Tensor,
+    ) -> tuple[Pair, Tensor, Tensor, Tensor]:  # fmt: skip
+        """dh `[tokens, columns]`, scale `[tokens]`, and the gradients of alpha and bias.
+
+        `g_pre: [terms, n, tokens]` is summed over its terms.
+        """
+        spec = self.spec("gates_backward", tile=replace(self.base.tile, parts=g_pre.shape[0]))
+        narrow = spec.products in ("split", "bf16")
+        high = self.empty(self.tokens, spec.columns,
+                          dtype=torch.bfloat16 if narrow else torch.float32)  # fmt: skip
+        low = torch.empty_like(high) if spec.products == "split" else None
+        scale = self.empty(self.tokens)
+        sums = self.empty(self.count(spec, "tiles"), self.maps + 3)
+        self.run(spec, proj, square, alpha.contiguous(), bias.contiguous(), g_pre, g_post, g_res,
+                 high, low, scale, sums, self.tokens)  # fmt: skip
+        total = sums.sum(0)
+        return (high, low), scale, total[self.maps :], total[: self.maps]
+
+    def seam_backward(
+        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor, pre: Tensor,
+        g_h: Tensor, phi: Pair, dh: Pair, scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """g_x, g_f and the gradients of res and post, `[n*n + n, tokens]`."""
+        spec = self.spec("seam_backward")
+        g_x, g_f = torch.empty_like(x), torch.empty_like(f)
+        dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
+        products = self.empty(self.count(spec, "workers"), self.n, spec.tile.tokens,
+                              spec.tile.width, dtype=self.dtype)  # fmt: skip
+        self.run(spec, x, f, post, res, g_y, pre, g_h, *_by_channel(phi), *dh, scale, g_x, g_f,
+                 dots, products, self.tokens)  # fmt: skip
+        return g_x, g_f, dots.sum(0)
+
+    def read_backward(
+        self, y: Tensor, g_y: Tensor | None, pre: Tensor, g_h: Tensor, phi: Pair, dh: Pair,
+        scale: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The gradient of the streams that were read, added to g_y."""
+        spec = self.spec("read_backward", carry=g_y is not None)
+        g = torch.empty_like(y)
+        self.run(spec, y, g_y, pre, g_h, *_by_channel(phi), *dh, scale, g, self.tokens)
+        return g
+
+    def mix_backward(
+        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g_x, g_f and the gradients of res and post, `[n*n + n, tokens]`."""
+        spec = self.spec("mix_backward")
+        g_x, g_f = torch.empty_like(x), torch.empty_like(f)
+        dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
+        self.run(spec, x, f, post, res, g_y, g_x, g_f, dots, self.tokens)
+        return g_x, g_f, dots.sum(0)
+
+    def phi_backward(self, y: Tensor, dh: Pair) -> Tensor:
+        """The gradient of phi, `[nC, maps]`; groups of tokens have shares, added in their order."""
+        spec = self.spec("phi_backward")
+        groups = self.count(spec, "groups")
+        if not self.tokens:
+            return torch.zeros(self.n * self.channels, self.maps, device=self.device)
+        shares = self.empty(groups, self.n * self.channels, self.maps)
+        self.run(spec, y, *dh, shares, self.tokens, group_tokens(spec, self.tokens))
+        return shares.sum(0) if groups > 1 else shares[0]
+
+
+def _by_channel(phi: Pair) -> Pair:
+    """The second layout of `split_phi`."""
+    high, low = phi
+    return high[1], None if low is None else low[1]
