@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mhc_compile.codegen.kernel_calls import NAMES, KernelCalls, Pair
 from mhc_compile.codegen.spec import MAX_STREAMS, NORMS
-from mhc_compile.codegen.tiles import seam_backward_fits
+from mhc_compile.codegen.tiles import fits_whole
 from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
@@ -111,7 +111,7 @@ def seam(
     call = _calls(x, rule)
     _check_norm(norm)
     mixed = call.streams(x), call.single(f), *call.mixing(post, res)
-    if call.tokens <= FEW_TOKENS:
+    if call.tokens <= FEW_TOKENS and fits_whole(call.base):
         y, h, gates = call.seam_once(*mixed, phi, alpha, bias, weight, shift, norm, norm_eps)
     else:
         y, partial = call.project(*mixed, call.split_phi(phi))
@@ -145,7 +145,7 @@ def seam_backward(
         call, flat_y, (phi, alpha, bias), proj, square, terms, g_post, g_res, need_phi
     )
     halves = call.split_phi(phi)
-    if seam_backward_fits(call.base):
+    if fits_whole(call.base):
         back = call.seam_backward(*mixed, flat_g, maps, gradient, halves, dh, scale)
     else:
         whole = call.read_backward(flat_y, flat_g, maps, gradient, halves, dh, scale)
