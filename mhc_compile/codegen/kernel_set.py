@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from mhc_compile.codegen.spec import OPS, KernelSpec, Tile
-from mhc_compile.codegen.tiles import choose_tile, seam_backward_fits
+from mhc_compile.codegen.tiles import choose_tile, fits_whole
 from mhc_compile.conventions import Convention
 
 # The seam, forward and backward, and what stands at the ends of a stream: a read without a mix
@@ -51,7 +51,7 @@ def kernel_set(
     """
     products = "split" if dtype == "bf16" else "tf32x3"
     specs = []
-    whole = seam_backward_fits(KernelSpec("mix", streams, channels, dtype, Tile(16), products))
+    whole = fits_whole(KernelSpec("mix", streams, channels, dtype, Tile(16), products))
     ends = {"mix", "read_backward", "mix_backward"} if whole else {"mix"}
     for op in filter(has_template, OPS):
         if seam_only and op in ends or op == "seam_backward" and not whole:

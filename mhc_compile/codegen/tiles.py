@@ -26,6 +26,9 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         width = max(16, min(64, short))
         parts = min(8, math.ceil(c / width))
         return Tile(16, width, parts, 2, 2) if spec.mix else Tile(64, width, parts, 4, 3)
+    if spec.op == "seam_once":
+        width = max(16, min(32, short))
+        return Tile(16, width, min(16, math.ceil(c / width)), 4)
     if spec.op in ("gates", "gates_backward"):
         tokens = 8 if n <= 4 else 4
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
@@ -52,6 +55,6 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
 
 
 
-def seam_backward_fits(spec: KernelSpec) -> bool:
-    """Whether one kernel can do the seam's backward: with more streams registers run out."""
+def fits_whole(spec: KernelSpec) -> bool:
+    """Whether one kernel can do a seam, or its backward: with more streams registers run out."""
     return spec.streams <= 4
