@@ -248,6 +248,9 @@ class KernelCalls:
 
 def arrivals(device: torch.device, tiles: int) -> Tensor:
     """Counters at zero, int32, of one stream of a device; kernels leave them at zero."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Memory of a CUDA graph is the graph's own: its launches zero counters of theirs.
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     known = _arrivals.get(key)
     if known is None or known.numel() < tiles:

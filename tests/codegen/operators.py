@@ -12,12 +12,14 @@ as they are, with the gradient of what was rounded: so each difference is one of
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from mhc_compile import reference
+from mhc_compile.codegen import launch
 from mhc_compile.conventions import CONVENTIONS, Convention
 
 OPERATORS = ("coefficients", "pre", "post_res", "read", "seam", "expand", "collapse")
@@ -46,11 +48,15 @@ NORMS = {
 }
 """A norm, whether it has a weight, whether it has a shift."""
 EPS = 1e-3
+LOGITS = ("logits of pre", "logits of post", "logits of res")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operator, its sizes and what else its result depends on."""
+    """One operator, its sizes and what else its result depends on.
+
+    `apart`: a seam of few tokens, too, as the launches that many tokens have.
+    """
 
     op: str
     n: int = 4
@@ -59,12 +65,14 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     rule: str = "paper"
     norm: str = "none"
-    parameters: torch.dtype = field(default=torch.float32)
+    parameters: torch.dtype = torch.float32
+    apart: bool = False
 
     def __str__(self):
         sizes = f"{self.op}-n{self.n}-C{self.channels}-T{self.tokens}-{str(self.dtype)[6:]}"
         rule = f"-{self.rule}" if self.op in ("coefficients", "read", "seam") else ""
-        return sizes + rule + (f"-{self.norm}" if self.op == "seam" else "")
+        norm = f"-{self.norm}" + "-apart" * self.apart if self.op == "seam" else ""
+        return sizes + rule + norm
 
     @property
     def key(self):
@@ -111,7 +119,8 @@ def run(case: Case, p: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return op(*values, case.key)[:-2]
     if case.op == "seam":
         affine = (p.get("norm weight"), p.get("norm shift"))
-        return op(*values[:7], *affine, NORMS[case.norm][0], EPS, case.key)[:-2]
+        with mock.patch.object(launch, "FEW_TOKENS", 0 if case.apart else launch.FEW_TOKENS):
+            return op(*values[:7], *affine, NORMS[case.norm][0], EPS, case.key)[:-2]
     out = op(*values, case.n) if case.op == "expand" else op(*values)
     return (out,)
 
@@ -141,12 +150,26 @@ def run_reference(
     if case.op == "seam":
         y = reference.apply_post_res(x, p["f"], p["post"], p["res"])
         mixed, x = (y,), y + (got[0].detach().to(F64) - y).detach()
-    gates = reference.coefficients(
-        x, p["phi"], p["alpha"], p["bias"], n=case.n, convention=RULES[case.rule]
-    )
+    gates = _maps(case, p, x)
     if case.op == "coefficients":
         return gates
     return *mixed, _normed(case, p, reference.apply_pre(x, gates[0])), *gates
+
+
+def _maps(case: Case, p: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    """As `reference.coefficients`; p gets the logits and what alpha was multiplied with."""
+    rule = RULES[case.rule]
+    projected = reference.project_streams(x, p["phi"])
+    divisor = reference.norm_divisor(x, rule.norm_eps, place=rule.norm_eps_place)
+    logits = reference.gate_logits(projected, divisor, p["alpha"], p["bias"], n=case.n)
+    if logits[0].requires_grad:
+        p |= dict(zip(LOGITS, logits, strict=True))
+    p["normed"] = (projected / divisor.unsqueeze(-1)).detach()
+    return (
+        reference.pre_gate(logits[0], rule.pre_eps),
+        reference.post_gate(logits[1], rule.post_multiplier),
+        reference.res_map(logits[2], convention=rule),
+    )
 
 
 def _normed(case: Case, p: dict[str, Tensor], h: Tensor) -> Tensor:
@@ -206,14 +229,30 @@ def bound_of(case: Case, name: str, backward: bool) -> float:
     return floor + 2 * unit
 
 
-def error(got: Tensor, right: Tensor) -> float:
-    """The largest difference as a share of the largest number; infinite for what is not finite."""
+def error(got: Tensor, right: Tensor, size: float = 0.0) -> float:
+    """The largest difference as a share of the largest number; infinite for what is not finite.
+
+    `size` counts as the largest number where it is larger.
+    """
     if right.numel() == 0:
         return 0.0
-    difference = (got.to(F64) - right.to(F64)).abs().max()
-    largest = right.abs().max().clamp(min=1e-30)
-    ratio = float(difference / largest)
+    difference = float((got.detach().to(F64) - right.detach().to(F64)).abs().max())
+    ratio = difference / max(float(right.detach().abs().max()), size, 1e-30)
     return ratio if math.isfinite(ratio) else math.inf
+
+
+def _sizes(back: dict[str, Tensor | None], wide: dict[str, Tensor]) -> dict[str, float]:
+    """Sums of the magnitudes that the gradients of alpha and bias add up: these may cancel."""
+    grads = [back.get(name) for name in LOGITS]
+    if all(g is None for g in grads) or wide["normed"].numel() == 0:
+        return {}
+    parts = wide["normed"].split([wide[name][0].numel() for name in LOGITS], -1)
+    flat = [0 * part if g is None else g.reshape(part.shape)
+            for g, part in zip(grads, parts, strict=True)]  # fmt: skip
+    return {
+        "bias": max(float(g.abs().sum(0).max()) for g in flat),
+        "alpha": max(float((g * part).abs().sum()) for g, part in zip(flat, parts, strict=True)),
+    }
 
 
 def check(case: Case, p: dict[str, Tensor], used=None, bounds=bound_of) -> dict[str, float]:
@@ -230,8 +269,9 @@ def check(case: Case, p: dict[str, Tensor], used=None, bounds=bound_of) -> dict[
         assert a.dtype == (case.dtype if name in ("y", "h") else torch.float32), name
         errors[name], allowed[name] = error(a, b), bounds(case, name, False)
     back, right_back = gradients(got, p, given), gradients(right, wide, given)
-    for name, b in right_back.items():
-        a, label = back[name], f"gradient of {name}"
+    sizes = _sizes(right_back, wide)
+    for name, a in back.items():
+        b, label = right_back[name], f"gradient of {name}"
         if b is None or a is None:
             # An operator may give zeros where the reference has no dependence.
             zero = [t for t in (a, b) if t is not None]
@@ -239,7 +279,8 @@ def check(case: Case, p: dict[str, Tensor], used=None, bounds=bound_of) -> dict[
             continue
         assert a.shape == p[name].shape and a.dtype == p[name].dtype, label
         rounding = torch.finfo(p[name].dtype).eps if p[name].dtype != torch.float32 else 0.0
-        errors[label], allowed[label] = error(a, b), bounds(case, name, True) + rounding
+        errors[label] = error(a, b, sizes.get(name, 0.0))
+        allowed[label] = bounds(case, name, True) + rounding
     wrong = {name: (value, allowed[name]) for name, value in errors.items()
              if not value <= allowed[name]}  # fmt: skip
     assert not wrong, f"{case}: {wrong}"

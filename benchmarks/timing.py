@@ -1,0 +1,81 @@
+"""Times on a GPU: replays of CUDA graphs over sets of inputs that do not fit the caches together."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def need_gpu() -> torch.device:
+    """The GPU; without one the process ends with one line and exit code 2."""
+    if not torch.cuda.is_available():
+        sys.stderr.write("this benchmark needs a CUDA GPU, and torch finds none\n")
+        raise SystemExit(2)
+    from mhc_compile.codegen.interpreter import interpreting
+
+    if interpreting():
+        sys.stderr.write("unset TRITON_INTERPRET: with it kernels run in Triton's interpreter\n")
+        raise SystemExit(2)
+    return torch.device("cuda")
+
+
+def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
+    """Microseconds of one call: the median over replays of a graph of all of them, one set each."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and fills caches that a graph must not own
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    del kept
+    return statistics.median(times)
+
+
+def kernel_time(call: Callable[[], object], repeats: int = 5) -> tuple[float, int]:
+    """Microseconds that kernels run in one call, and how many: the median over calls."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    sums = []
+    for _ in range(repeats):
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
+            call()
+            torch.cuda.synchronize()
+        kernels = [e for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        sums.append((sum(e.device_time for e in kernels), len(kernels)))
+    return statistics.median(t for t, _ in sums), sums[-1][1]
+
+
+def copy_rate(size: int, device: torch.device) -> float:
+    """Bytes a microsecond, read and written, of a torch copy of `size` bytes in all."""
+    pairs = [
+        [torch.zeros(size // 4, dtype=torch.int16, device=device) for _ in range(2)]
+        for _ in range(3)
+    ]
+    moved = 2 * pairs[0][0].nbytes
+    return moved / graph_time([lambda p=p: p[1].copy_(p[0]) for p in pairs])  # type: ignore[misc]
+
+
+def relative(got: torch.Tensor, right: torch.Tensor) -> float:
+    """The norm of the difference as a share of the norm."""
+    a, b = got.detach().double(), right.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-300))
