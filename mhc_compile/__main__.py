@@ -32,9 +32,7 @@ def _emit(arguments: argparse.Namespace) -> tuple[str, Any]:
     arguments.out.mkdir(parents=True, exist_ok=True)
     written = []
     for spec in specs:
-        variant = "".join(f"_{name}" for name in ("mix", "read") if getattr(spec, name))
-        norm = f"_{spec.norm}norm" if spec.norm != "none" else ""
-        path = arguments.out / f"{spec.op}{variant}{norm}.py"
+        path = arguments.out / f"{spec.name}.py"
         path.write_text(render(spec))
         written.append({"file": str(path), "key": spec.key, **asdict(spec)})
     return "\n".join(entry["file"] for entry in written), {"kernels": written}

@@ -12,10 +12,18 @@ from mhc_compile.conventions import Convention
 
 # The seam, forward and backward, and what stands at the ends of a stream: a read without a mix
 # before it, a mix without a read after it.
+_NORMS: tuple[dict[str, Any], ...] = (
+    {"norm": "rms", "weight": True},
+    {},
+    {"norm": "rms"},
+    {"norm": "layer"},
+    {"norm": "layer", "weight": True},
+    {"norm": "layer", "weight": True, "shift": True},
+)
 _VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "project": ({"mix": True}, {}),
-    "pre": ({"norm": "rms", "weight": True}, {}),
-    "pre_backward": ({"norm": "rms", "weight": True}, {}),
+    "pre": _NORMS,
+    "pre_backward": _NORMS,
     "read_backward": ({"carry": True}, {}),
 }
 

@@ -27,7 +27,7 @@ def render(spec: KernelSpec) -> str:
         spec=spec, n=spec.streams, C=spec.channels, K=spec.maps, KP=spec.columns,
         BT=spec.tile.tokens, BC=spec.tile.width, PARTS=spec.tile.parts, SPAN=spec.span,
         STAGES=spec.tile.stages, BK=min(spec.tile.inner, spec.tile.width), ragged=spec.ragged, dtype=DTYPES[spec.dtype],
-        WIDE=min(512, spec.row),
+        WIDE=min(2048, spec.row),
         streams=range(spec.streams), rule=spec.rule, plan=plan, log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
         NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip

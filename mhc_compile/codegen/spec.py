@@ -98,6 +98,14 @@ class KernelSpec:
                 raise MHCError(f"tile.{name} must be a power of two, got {size!r}")
 
     @property
+    def name(self) -> str:
+        """The operation and its variant, as in "project_mix" or "pre_rms_weight"."""
+        flags = [flag for flag in ("mix", "carry") if getattr(self, flag)]
+        norm = [self.norm] if self.norm != "none" else []
+        affine = [flag for flag in ("weight", "shift") if norm and getattr(self, flag)]
+        return "_".join([self.op, *flags, *norm, *affine])
+
+    @property
     def maps(self) -> int:
         """Columns of phi: n pre, n post and n * n res."""
         return self.streams * (self.streams + 2)

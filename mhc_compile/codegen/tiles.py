@@ -28,7 +28,8 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(16, width, parts, 2, 2) if spec.mix else Tile(64, width, parts, 4, 3)
     if spec.op == "seam_once":
         width = max(16, min(32, short))
-        return Tile(16, width, min(16, math.ceil(c / width)), 4)
+        few = 1 if tokens <= 16 else 2
+        return Tile(few, width, min(32, math.ceil(c / width)), 4)
     if spec.op in ("gates", "gates_backward"):
         tokens = 8 if n <= 4 else 4
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)

@@ -19,10 +19,15 @@ from mhc_compile.errors import MHCError
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes read and written by one launch, by argument; each byte counts once."""
+    """Bytes read and written by one launch, by argument; each byte counts once.
+
+    `scratch` is what a kernel writes and reads again at once, for one tile after another: it stays
+    in the caches, so that neither `read` nor `written` has it.
+    """
 
     read: dict[str, int]
     written: dict[str, int]
+    scratch: dict[str, int] = field(default_factory=dict)
 
 
 def _used(spec: KernelSpec) -> tuple[str, str]:
@@ -52,7 +57,7 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
         return "proj square alpha bias g_pre g_post g_res", f"high{low} scale sums"
     if spec.op == "seam_backward":
         products = "phi_high dh_high" + (" phi_low dh_low" if split else "")
-        return f"x f post res g_y pre g_h scale {products} products", "g_x g_f dots products"
+        return f"x f post res g_y pre g_h scale {products}", "g_x g_f dots"
     if spec.op == "read_backward":
         products = "high dh_high" + (" low dh_low" if split else "")
         return f"y pre g_h scale {products}" + (" g_y" if spec.carry else ""), "g"
@@ -61,6 +66,10 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "phi_backward":
         return "y dh_high" + (" dh_low" if split else ""), "g_phi"
     raise MHCError(f"the traffic of kernel {spec.op!r} is not stated: add it to traffic.py")
+
+
+# What a kernel keeps in the caches between its own phases.
+_SCRATCH = {"seam_backward": ("products",)}
 
 
 def _sides(spec: KernelSpec) -> Iterator[list[Argument]]:
@@ -78,18 +87,26 @@ def traffic(spec: KernelSpec, tokens: int) -> Traffic:
         >>> from mhc_compile.codegen.spec import Tile
         >>> spec = KernelSpec("pre", 4, 512, "bf16", Tile(4, 512))
         >>> traffic(spec, 10)  # n C + n maps in, C out
-        Traffic(read={'x': 40960, 'pre': 160}, written={'h': 10240})
+        Traffic(read={'x': 40960, 'pre': 160}, written={'h': 10240}, scratch={})
     """
     count = counts(spec, tokens)
     read, written = (
         {argument.name: argument.slice_bytes * count[argument.each] for argument in side}
         for side in _sides(spec)
     )
-    return Traffic(read, written)
+    scratch = {
+        argument.name: argument.slice_bytes * count[argument.each]
+        for argument in arguments(spec)
+        if argument.name in _SCRATCH.get(spec.op, ())
+    }
+    return Traffic(read, written, scratch)
 
 
 def bytes_per_token(spec: KernelSpec) -> float:
-    """Bytes read and written for each of many tokens: what does not grow with them is left out."""
+    """Bytes read and written for each of many tokens: what does not grow with them is left out.
+
+    So is scratch, whose size is that of the GPU and which stays in its caches.
+    """
     share = {"tokens": 1.0, "tiles": 1 / spec.tile.tokens}
     return sum(a.slice_bytes * share.get(a.each, 0.0) for side in _sides(spec) for a in side)
 

@@ -5,7 +5,6 @@
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -43,21 +42,13 @@ def cases() -> Iterator[tuple[KernelSpec, str]]:
                     yield from ((spec, target) for target in TARGETS)
 
 
-def name_of(spec: KernelSpec) -> str:
-    """The operation and its variant: "mix: mix read", "pre: rms"."""
-    fields = [name for name in ("mix", "read") if getattr(spec, name)]
-    fields += [spec.norm] if spec.norm != "none" else []
-    return spec.op + (f": {' '.join(fields)}" if fields else "")
-
-
 def case_id(spec: KernelSpec, target: str) -> str:
-    name = re.sub(r"[^a-z_]+", "-", name_of(spec))
-    return f"{name}-n{spec.streams}-C{spec.channels}-{target}"
+    return f"{spec.name}-n{spec.streams}-C{spec.channels}-{target}"
 
 
 def write_row(spec: KernelSpec, target: str, result: Compiled | str) -> None:
     """Keeps the result of one compile, or why there is none."""
-    row = {"name": name_of(spec), "n": spec.streams, "C": spec.channels, "target": target}
+    row = {"name": spec.name, "n": spec.streams, "C": spec.channels, "target": target}
     if isinstance(result, str):
         row["faults"] = [result]
     else:

@@ -22,7 +22,7 @@ def arguments_for(spec: KernelSpec, tokens: int) -> dict[str, torch.Tensor]:
     moved, count = traffic(spec, tokens), counts(spec, tokens)
     tensors = {}
     for argument in arguments(spec):
-        if argument.name in moved.read or argument.name in moved.written:
+        if argument.name in moved.read | moved.written | moved.scratch:
             tensor = torch.full(argument.shape(count), torch.nan, dtype=DTYPES[argument.type])
             if argument.name in moved.read:
                 tensor = torch.rand(tensor.shape).to(tensor.dtype)

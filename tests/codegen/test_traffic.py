@@ -23,8 +23,7 @@ SPECS = [
 def name_of(value):
     if isinstance(value, int):
         return str(value)
-    flags = "".join(f"-{f}" for f in ("mix", "read", "weight") if getattr(value, f))
-    return f"{value.op}{flags}-n{value.streams}-C{value.channels}-{value.dtype}"
+    return f"{value.name}-n{value.streams}-C{value.channels}-{value.dtype}"
 
 
 @pytest.mark.parametrize("spec, tokens", SPECS, ids=name_of)
@@ -33,8 +32,10 @@ def test_closed_form(spec, tokens):
     with count_traffic(tensors) as counted:
         run_kernel(spec, tokens, **tensors)
     stated = traffic(spec, tokens)
-    assert counted.read == stated.read
-    assert counted.written == stated.written
+    apart = {name: counted.written.pop(name) for name in stated.scratch}
+    assert all(counted.read.pop(name) <= size for name, size in apart.items())
+    assert (counted.read, counted.written) == (stated.read, stated.written)
+    assert apart == stated.scratch
     assert all(counted.read_total[name] >= size for name, size in counted.read.items())
     for name in stated.written:  # every element, and no NaN from outside of the inputs
         assert torch.isfinite(tensors[name]).all(), name
@@ -42,7 +43,8 @@ def test_closed_form(spec, tokens):
 
 def test_streams_are_read_once():
     """Rows past the last token are read again, whole tiles are not."""
-    (spec,) = (s for s in kernel_set(4, 64, target="interpret", seam_only=True) if s.op == "mix")
+    specs = kernel_set(4, 64, target="interpret", seam_only=True)
+    (spec,) = (spec for spec in specs if spec.op == "project")
     tensors = arguments_for(spec, spec.tile.tokens)
     with count_traffic(tensors) as counted:
         run_kernel(spec, spec.tile.tokens, **tensors)
@@ -63,10 +65,13 @@ def test_access_outside_is_noticed():
 
 
 def test_seam_in_units_of_channels():
-    """Two passes over the streams: 3n + 2 elements a token, and the maps."""
+    """Two passes over the streams: 3n + 2 elements a token, and the maps.
+
+    Backward: 3n + 3 in one pass, n + 2 for the norm and the gradient of pre, n for that of phi.
+    """
     forward, backward = seam_units(kernel_set(4, 4096, seam_only=True))
     assert 14 < forward < 14.5
-    assert backward > 15
+    assert 25 < backward < 25.7
     table = seam_table(kernel_set(4, 4096, seam_only=True))
     assert "(2n + 2)C = 10C" in table and f"{forward:.2f}C" in table
 

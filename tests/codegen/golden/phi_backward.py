@@ -1,5 +1,5 @@
-# mhc_compile kernel phi_backward 38c7f7d9d79a05d1
-# {"channels": 64, "dtype": "fp32", "mix": false, "norm": "none", "op": "phi_backward", "products": "tf32x3", "read": false, "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"parts": 1, "stages": 2, "tokens": 32, "warps": 4, "width": 64}, "weight": false}
+# mhc_compile kernel phi_backward 8c5af3701b22bf46
+# {"carry": false, "channels": 64, "dtype": "fp32", "mix": false, "norm": "none", "op": "phi_backward", "products": "tf32x3", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"inner": 64, "parts": 1, "stages": 3, "tokens": 32, "warps": 4, "width": 128}, "weight": false}
 # g_phi[group, channel, k] = sum over the group's tokens of vec(y)_channel dh_k
 import triton
 import triton.language as tl
@@ -7,12 +7,12 @@ import triton.language as tl
 
 @triton.jit
 def kernel(y, dh_high, dh_low, g_phi, tokens, group_tokens):
-    channel = tl.program_id(0) * 64 + tl.arange(0, 64)
+    channel = tl.program_id(0) * 128 + tl.arange(0, 128)
     near = channel[None, :] < 128
     columns = tl.arange(0, 16)
-    sums = tl.zeros((16, 64), tl.float32)
+    sums = tl.zeros((16, 128), tl.float32)
     begin = tl.program_id(1) * group_tokens
-    for start in tl.range(0, group_tokens, 32, num_stages=2):
+    for start in tl.range(0, group_tokens, 32, num_stages=3):
         rows = begin + start + tl.arange(0, 32)
         inside = rows < tokens
         wide = rows.to(tl.int64)[:, None]

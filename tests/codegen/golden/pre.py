@@ -1,5 +1,5 @@
-# mhc_compile kernel pre d3ef48c6b83cf351
-# {"channels": 64, "dtype": "bf16", "mix": false, "norm": "rms", "op": "pre", "products": "split", "read": false, "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"parts": 1, "stages": 1, "tokens": 1, "warps": 4, "width": 64}, "weight": true}
+# mhc_compile kernel pre 80ac3dcf587469d2
+# {"carry": false, "channels": 64, "dtype": "bf16", "mix": false, "norm": "rms", "op": "pre", "products": "split", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"inner": 64, "parts": 1, "stages": 1, "tokens": 1, "warps": 4, "width": 64}, "weight": true}
 # h = sum_i pre_i x_i
 # h <- h / sqrt(mean(h^2) + eps) * weight
 import triton
