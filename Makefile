@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMM := .venv-timm
 
-.PHONY: demo test test-long aot zoo properties test-timm lint clean
+.PHONY: demo test test-long test-gpu aot zoo properties test-timm lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -16,6 +16,12 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
+
+# The kernels on a CUDA GPU; BIN=DIR where .venv has a torch for the CPU.
+test-gpu: JOBS ?= 4
+test-gpu:
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "no CUDA GPU for $(BIN)/python; BIN=DIR names the bin directory of another environment"; exit 2; }
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not aot and not zoo" -k "not test_everything" tests/codegen/test_kernels.py tests/codegen/test_operators_on_gpu.py
 
 # Every generated kernel for every GPU, without one; the table is written also where one is unfit.
 aot: $(STAMP)

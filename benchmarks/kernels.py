@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.codegen.traffic import seam_table, traffic
 from mhc_compile.conventions import CONVENTIONS, Convention
+from mhc_compile.errors import MHCError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHECKED = {"bf16": 2e-2, "fp16": 3e-3, "fp32": 2e-4}
@@ -151,29 +153,31 @@ def launches_of(run: Callable[[], object]) -> list[Launch]:
     return found
 
 
-def time_kernels(
-    parts: list[dict[str, Tensor]], rule: str, rate: float
-) -> list[dict[str, Any]]:
+def time_kernels(parts: list[dict[str, Tensor]], rule: str, rate: float) -> list[dict[str, Any]]:
     """One row a kernel, in the order of the launches of a seam, then of a stream's ends."""
-    rows, seen = [], set()
+    rows: dict[str, dict[str, Any]] = {}
     for run in (run_seam, run_ends):
-        sets = [launches_of(lambda p=p: run(p, rule)) for p in parts]  # type: ignore[misc]
-        for index, (spec, _) in enumerate(sets[0]):
-            if spec.key in seen:
-                continue
-            seen.add(spec.key)
-            call = KernelCalls(parts[0]["x"])
-            calls = [lambda a=some[index][1]: call.run(spec, *a) for some in sets]  # type: ignore[misc]
-            time = graph_time(calls)
-            moved = traffic(spec, call.tokens)
-            size = sum(moved.read.values()) + sum(moved.written.values())
-            flags = [name for name in ("mix", "carry") if getattr(spec, name)]
-            rows.append({
-                "kernel": " ".join([spec.op, *flags, *([spec.norm] * (spec.norm != "none"))]),
-                "key": spec.key, "us": time, "bytes": size,
-                "GB/s": size / time / 1e3, "of copy": size / time / rate,
-            })  # fmt: skip
-    return rows
+        sets = [launches_of(partial(run, p, rule)) for p in parts]
+        for launches in zip(*sets, strict=True):
+            spec = launches[0][0]
+            if spec.key not in rows:
+                call = KernelCalls(parts[0]["x"])
+                time = graph_time([partial(call.run, spec, *args) for _, args in launches])
+                rows[spec.key] = row_of(spec, call.tokens, time, rate)
+    return list(rows.values())
+
+
+def row_of(spec: KernelSpec, tokens: int, time: float, rate: float) -> dict[str, Any]:
+    """A kernel's name, its time, and what its traffic makes of that."""
+    flags = [name for name in ("mix", "carry") if getattr(spec, name)]
+    name = " ".join([spec.op, *flags, *([spec.norm] * (spec.norm != "none"))])
+    row: dict[str, Any] = {"kernel": name, "key": spec.key, "us": time}
+    try:
+        moved = traffic(spec, tokens)
+    except MHCError:  # the kernel for few tokens, whose time is that of launches
+        return row | {"bytes": None, "GB/s": None, "of copy": None}
+    size = sum(moved.read.values()) + sum(moved.written.values())
+    return row | {"bytes": size, "GB/s": size / time / 1e3, "of copy": size / time / rate}
 
 
 def main() -> None:
@@ -201,7 +205,7 @@ def main() -> None:
     unit = args.tokens * args.hidden * dtype.itemsize
     rate = copy_rate((2 * args.streams + 2) * unit, device)
     rows = time_kernels(parts, rule, rate)
-    whole = graph_time([lambda p=p: run_seam(p, rule) for p in parts])  # type: ignore[misc]
+    whole = graph_time([partial(run_seam, p, rule) for p in parts])
     print(f"copy of (2n + 2)C: {rate / 1e6:.3f} TB/s; 1 C at that rate: {unit / rate:.1f} us\n")
     columns = ("kernel", "us", "bytes", "GB/s", "of copy")
     print(tabulate([[row[k] for k in columns] for row in rows], columns, tablefmt="github",
@@ -212,8 +216,9 @@ def main() -> None:
     )))  # fmt: skip
     setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     setting |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    print(f"\n{setting['gpu']}, torch {setting['torch']}, {args.tokens} tokens, n = {args.streams}, "
-          f"C = {args.hidden}, {args.dtype}, {args.convention}")  # fmt: skip
+    where = f"{setting['gpu']}, torch {setting['torch']}"
+    sizes = f"{args.tokens} tokens, n = {args.streams}, C = {args.hidden}, {args.dtype}"
+    print(f"\n{where}, {sizes}, {args.convention}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         result = {"setting": setting, "copy_bytes_per_us": rate, "errors": errors,

@@ -87,6 +87,7 @@ def these_kernels(norm: str = "none") -> Peer:
 
 def by_reference(compiled: bool = True) -> Peer:
     """The paper's formulae in torch, under torch.compile."""
+
     def read(x: Tensor, p: list[Tensor]) -> Maps:
         pre, post, res = reference.coefficients(x, *p, n=x.shape[-2])
         return reference.apply_pre(x, pre), (post, res)

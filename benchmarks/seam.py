@@ -1,8 +1,8 @@
 """Times a seam on a GPU, forward and backward through autograd, beside other libraries.
 
 A chain of sublayers whose outputs f are given: read (coefficients, h), mix, read, mix and so on,
-with gradients given for each h and for the last streams. A seam, what lies between two sublayers, is
-half of the difference between chains of four and of two. Each library is first compared with
+with gradients given for each h and for the last streams. A seam, what lies between two sublayers,
+is half of the difference between chains of four and of two. Each library is first compared with
 float64 under its own convention. Times are replays of a CUDA graph, or sums of the times of kernels
 where a library cannot be captured. Libraries that are not there are listed as such.
 
@@ -28,7 +28,7 @@ from mhc_compile import reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BOUNDS = {"bf16": 5e-2, "fp16": 1e-2, "fp32": 1e-2}
-"""Largest relative error (norms): a wrong transpose or eps is far beyond, tf32 and bf16 maps within."""
+"""Largest relative error (norms): tf32 and bf16 maps are within, a wrong transpose far beyond."""
 
 
 class Chain:
@@ -118,6 +118,7 @@ class Chain:
 
 def plain(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     """The plain residual with its RMSNorm, under torch.compile: calls forward, and both."""
+
     @torch.compile
     def step(x: Tensor, f: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         y = x + f

@@ -9,12 +9,22 @@ import itertools
 import pytest
 import torch
 from operators import (
-    NORMS, OPERATORS, RULES, Case, bound_of, check, cotangents, error, gradients, inputs_of,
-    names_of, run,
+    NORMS,
+    OPERATORS,
+    RULES,
+    Case,
+    bound_of,
+    check,
+    cotangents,
+    error,
+    gradients,
+    inputs_of,
+    names_of,
+    run,
 )  # fmt: skip
 
 import mhc_compile as mc
-from mhc_compile.codegen import interpreter, launch
+from mhc_compile.codegen import interpreter, launch, signature
 from mhc_compile.codegen.kernel_calls import KernelCalls
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.traffic import count_traffic
@@ -50,8 +60,6 @@ def test_memory_is_poisoned(device):
     call = KernelCalls(torch.zeros(2, 4, 8, device=device))
     assert call.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(3, dtype=BF16, device=device)).isnan().all()
-
-
 
 
 def fits(case):
@@ -184,7 +192,9 @@ def test_leading_dimensions_and_strided_gradients(device):
     case = Case("seam", 3, 20, 6, BF16, norm="rms")
     p = inputs_of(case, device)
     flat = run(case, p)
-    lead = {n: t.unflatten(0, (2, 3)) if n in ("x", "f", "post", "res") else t for n, t in p.items()}
+    lead = {
+        n: t.unflatten(0, (2, 3)) if n in ("x", "f", "post", "res") else t for n, t in p.items()
+    }
     got = run(case, lead)
     for a, b in zip(got, flat, strict=True):
         assert a.shape[:2] == (2, 3) and torch.equal(a.flatten(0, 1), b)
@@ -229,9 +239,10 @@ def test_frozen_inputs(frozen, op, device, monkeypatch):
     assert ("phi_backward" in names) == (frozen == "x")
 
 
-@pytest.mark.parametrize("op", ["seam", "read", "coefficients"])
-def test_parameters_in_bf16(op, device):
-    case = Case(op, 4, 40, 5, BF16, norm="rms" if op == "seam" else "none", parameters=BF16)
+@pytest.mark.parametrize("parameters", [BF16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", ["seam", "read"])
+def test_parameters_in_another_dtype(op, parameters, device):
+    case = Case(op, 4, 40, 5, BF16, parameters=parameters, apart=parameters == BF16)
     check(case, inputs_of(case, device))
 
 
@@ -283,10 +294,8 @@ def test_equal_runs_give_equal_bits(device):
 
 
 def test_more_tokens_than_a_group(device, monkeypatch):
-    """phi's gradient in shares of several groups, and pre's norm by programs of several tokens."""
+    """Phi's gradient in shares of several groups, and pre's norm by programs of several tokens."""
     if device.type == "cpu":
-        from mhc_compile.codegen import signature
-
         monkeypatch.setattr(signature, "_GROUP_TOKENS", 8)
         monkeypatch.setattr(signature, "_PROGRAMS", 4)
         monkeypatch.setattr(signature, "_WORKERS", 1)
