@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mhc_compile.errors import MHCError
@@ -15,10 +16,16 @@ def check_count(name: str, value: int) -> None:
         raise MHCError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def check_float(name: str, tensor: Tensor) -> None:
-    """Takes floating dtypes."""
-    if not tensor.is_floating_point():
-        raise MHCError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    """Takes floating dtypes of at least 16 bits: torch does not compute with the smaller ones."""
+    if tensor.dtype not in FLOATS:
+        raise MHCError(
+            f"{name} must have a floating dtype (bfloat16, float16, float32, float64), "
+            f"got {tensor.dtype}"
+        )
 
 
 def check_streams(x: Tensor, n: int | None = None) -> None:
