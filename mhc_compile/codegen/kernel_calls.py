@@ -15,12 +15,13 @@ from torch import Tensor
 
 from mhc_compile.codegen.cache import load
 from mhc_compile.codegen.signature import counts, grid, group_tokens
-from mhc_compile.codegen.spec import KernelSpec, Tile
-from mhc_compile.codegen.tiles import choose_tile
+from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
+from mhc_compile.codegen.tiles import choose_tile, fits_whole
 from mhc_compile.conventions import Convention
 
 Pair = tuple[Tensor, Tensor | None]
 """What enters products: high and low parts in bf16, or float32 and None."""
+_arrivals: dict[tuple[torch.device, int], Tensor] = {}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -48,8 +49,8 @@ class KernelCalls:
         )  # fmt: skip
 
     def spec(self, op: str, **fields: Any) -> KernelSpec:
-        """The kernel of an operation for these streams; "gates" alone depend on the rule."""
-        if not op.startswith("gates"):
+        """The kernel of an operation for these streams."""
+        if op not in GATED:
             fields["rule"] = Convention("paper")
         spec = replace(self.base, op=op, **fields)
         return replace(spec, tile=choose_tile(spec, self.tokens))
@@ -116,6 +117,8 @@ class KernelCalls:
         self, x: Tensor, f: Tensor | None, post: Tensor | None, res: Tensor | None, phi: Pair
     ) -> tuple[Tensor, Tensor]:
         """y = res x + post f, or x, and its partial products `[parts, maps + 1, tokens]`."""
+        if f is not None and post is not None and res is not None and not fits_whole(self.base):
+            x, f, post, res = self.mix(x, f, post, res), None, None, None
         spec = self.spec("project", mix=f is not None)
         y = torch.empty_like(x) if f is not None else x
         partial = self.empty(spec.tile.parts, self.maps + 1, self.tokens)
@@ -140,6 +143,23 @@ class KernelCalls:
         h = self.empty(self.tokens, self.channels, dtype=self.dtype)
         self.run(spec, x, pre, weight, shift, h, self.tokens, eps)
         return h
+
+    def seam_once(
+        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, phi: Tensor, alpha: Tensor,
+        bias: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str, eps: float,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """A whole seam in one launch: y, h, and what `gates` returns."""
+        spec = self.spec("seam_once", norm=norm, weight=weight is not None,
+                         shift=shift is not None)  # fmt: skip
+        n = self.n
+        y, h = torch.empty_like(x), torch.empty_like(f)
+        partial = self.empty(spec.tile.parts, self.maps + 1, self.tokens)
+        out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
+        square = self.empty(self.tokens)
+        self.run(spec, x, f, post, res, phi.contiguous(), alpha.contiguous(), bias.contiguous(),
+                 weight, shift, y, h, partial, arrivals(self.device, self.count(spec, "tiles")),
+                 *out, square, self.tokens, eps)  # fmt: skip
+        return y, h, (*out, square)
 
     # --- backward -------------------------------------------------------------------------
 
@@ -226,6 +246,15 @@ class KernelCalls:
         shares = self.empty(groups, self.n * self.channels, self.maps)
         self.run(spec, y, *dh, shares, self.tokens, group_tokens(spec, self.tokens))
         return shares.sum(0) if groups > 1 else shares[0]
+
+
+def arrivals(device: torch.device, tiles: int) -> Tensor:
+    """Counters at zero, int32, of one stream of a device; kernels leave them at zero."""
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    known = _arrivals.get(key)
+    if known is None or known.numel() < tiles:
+        _arrivals[key] = known = torch.zeros(max(tiles, 64), dtype=torch.int32, device=device)
+    return known
 
 
 def _by_channel(phi: Pair) -> Pair:

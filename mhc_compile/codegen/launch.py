@@ -7,11 +7,13 @@ from torch import Tensor
 
 from mhc_compile.codegen.kernel_calls import NAMES, KernelCalls, Pair
 from mhc_compile.codegen.spec import MAX_STREAMS, NORMS
-from mhc_compile.codegen.tiles import seam_backward_fits
+from mhc_compile.codegen.tiles import fits_whole
 from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
 Results = tuple[Tensor, ...]
+FEW_TOKENS = 128
+"""Up to here, as in decoding, a seam is one launch: its time is that of launches, not of bytes."""
 
 
 def supports(tensor: Tensor) -> bool:
@@ -108,11 +110,13 @@ def seam(
     """`post_res`, `read` of its result, norm of h: `(y, h, pre, post, res, proj, square)`."""
     call = _calls(x, rule)
     _check_norm(norm)
-    y, partial = call.project(
-        call.streams(x), call.single(f), *call.mixing(post, res), call.split_phi(phi)
-    )
-    gates = call.gates(partial, alpha, bias)
-    h = call.pre(y, gates[0], weight, shift, norm, norm_eps)
+    mixed = call.streams(x), call.single(f), *call.mixing(post, res)
+    if call.tokens <= FEW_TOKENS and fits_whole(call.base):
+        y, h, gates = call.seam_once(*mixed, phi, alpha, bias, weight, shift, norm, norm_eps)
+    else:
+        y, partial = call.project(*mixed, call.split_phi(phi))
+        gates = call.gates(partial, alpha, bias)
+        h = call.pre(y, gates[0], weight, shift, norm, norm_eps)
     return y.view(x.shape), h.view(*call.lead, call.channels), *_outputs(call, gates)
 
 
@@ -141,7 +145,7 @@ def seam_backward(
         call, flat_y, (phi, alpha, bias), proj, square, terms, g_post, g_res, need_phi
     )
     halves = call.split_phi(phi)
-    if seam_backward_fits(call.base):
+    if fits_whole(call.base):
         back = call.seam_backward(*mixed, flat_g, maps, gradient, halves, dh, scale)
     else:
         whole = call.read_backward(flat_y, flat_g, maps, gradient, halves, dh, scale)

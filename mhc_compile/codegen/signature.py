@@ -71,6 +71,8 @@ _FLOATS: dict[str, Callable[[KernelSpec], Dims]] = {
     "phi": lambda s: (s.streams, s.channels, s.maps),
     "alpha": lambda s: (3,),
     "bias": lambda s: (s.maps,),
+    "post_next": lambda s: (s.streams, "tokens"),
+    "res_next": lambda s: (s.streams, s.streams, "tokens"),
     "partial": lambda s: (s.tile.parts, s.maps + 1, "tokens"),
     "proj": lambda s: (s.maps, "tokens"),
     "square": lambda s: ("tokens",),
@@ -109,6 +111,8 @@ def parameters(source: str) -> tuple[str, ...]:
 
 
 def _argument(spec: KernelSpec, name: str) -> Argument:
+    if name == "arrived":
+        return Argument(name, "*i32", ("tiles",))
     if name in _SCALARS:
         return Argument(name, _SCALARS[name])
     stem = name if name in _FLOATS else name.removeprefix("g_")  # a gradient is like its value

@@ -21,11 +21,12 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op in ("gates", "gates_backward"):
         tokens = 4 if spec.streams > 4 else 8
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
-    if spec.op == "project":
+    if spec.op in ("project", "seam_once"):
         return _project(spec)
     if spec.norm != "none":
         return _norm(spec)
     c, many, odd = spec.channels, spec.streams > 4, spec.channels % 8 != 0
+    full = spec.products not in ("split", "bf16")  # products of float32 numbers
 
     def strips(tokens: int, width: int, warps: int = 4, stages: int = 1, inner: int = 64) -> Tile:
         width = _width(width, c)
@@ -40,14 +41,15 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "pre_backward":
         return Tile(1, _width(1024, c))
     if spec.op == "seam_backward":
-        return strips(64, 256, 8 if odd else 4, 2, 128)
+        return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
     if spec.op == "read_backward":
         warps = 4 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
     if spec.op == "mix_backward":
         return strips(2 if many else 4, 256)
     assert spec.op == "phi_backward"
-    return Tile(32, _width(128, spec.streams * c), 1, 4, 3)
+    width = (32 if full else 64) if many else 128
+    return Tile(32, _width(width, spec.streams * c), 1, 4, 3)
 
 
 def _width(most: int, channels: int) -> int:
@@ -56,18 +58,23 @@ def _width(most: int, channels: int) -> int:
 
 
 def _project(spec: KernelSpec) -> Tile:
-    """Two warps leave few registers: none for masks, nor for the maps of more than 4 streams."""
+    """Two warps stream best, but have no registers left for masks or float32 products."""
+    full = spec.products not in ("split", "bf16")
 
-    def tile(tokens: int, width: int, warps: int, stages: int) -> Tile:
+    def tile(tokens: int, width: int, warps: int, stages: int = 1, parts: int = 8) -> Tile:
         width = _width(width, spec.channels)
-        return Tile(tokens, width, min(8, math.ceil(spec.channels / width)), warps, stages)
+        return Tile(tokens, width, min(parts, math.ceil(spec.channels / width)), warps, stages)
 
-    if spec.streams > 4:
-        return tile(16, 16, 8, 1) if spec.mix else tile(32, 32, 4, 1)
+    if spec.op == "seam_once":
+        return tile(16, 32, 4, parts=16)
+    if not spec.mix and spec.streams > 4:
+        return tile(16, 16, 8) if full else tile(32, 32, 4)
     if not spec.mix:
         return tile(64, 32, 4, 2)
+    if full:
+        return tile(16, 16, 4)
     best = tile(16, 64, 2, 2)
-    return tile(16, 32, 4, 1) if replace(spec, tile=best).ragged else best
+    return tile(16, 32, 4) if replace(spec, tile=best).ragged else best
 
 
 def _norm(spec: KernelSpec) -> Tile:
@@ -77,6 +84,6 @@ def _norm(spec: KernelSpec) -> Tile:
     return Tile(1, spec.row, 1, max(4, min(32, spec.row // 512)))
 
 
-def seam_backward_fits(spec: KernelSpec) -> bool:
-    """Whether one kernel can do the seam's backward: with more streams registers run out."""
+def fits_whole(spec: KernelSpec) -> bool:
+    """Whether one kernel can do a seam, or its backward: with more streams registers run out."""
     return spec.streams <= 4

@@ -12,6 +12,7 @@ and cannot be differentiated again: for second derivatives use `mhc_compile.refe
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from types import ModuleType
@@ -63,7 +64,12 @@ def _kernels() -> ModuleType | None:
     """The module that launches generated kernels, None where it or what it needs is missing."""
     try:
         return importlib.import_module("mhc_compile.codegen.launch")
-    except ImportError:
+    except ImportError as error:
+        warnings.warn(
+            f"mhc_compile runs without its kernels, by torch operations: {error}; install what is "
+            "missing (triton, jinja2, platformdirs) to use them",
+            stacklevel=2,
+        )
         return None
 
 

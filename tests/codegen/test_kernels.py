@@ -1,0 +1,312 @@
+"""Every operator by generated kernels against float64, forward and backward.
+
+On a GPU with TRITON_INTERPRET=0 (`make test-gpu`), else in Triton's interpreter on the CPU.
+`bound_of` in operators.py states the tolerances and why.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from operators import (
+    NORMS, OPERATORS, RULES, Case, bound_of, check, cotangents, error, gradients, inputs_of,
+    names_of, run,
+)  # fmt: skip
+
+import mhc_compile as mc
+from mhc_compile.codegen import interpreter, launch
+from mhc_compile.codegen.kernel_calls import KernelCalls
+from mhc_compile.codegen.traffic import count_traffic
+from mhc_compile.runtime import ops
+
+BF16, F16, F32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHANNELS, TOKENS = (33, 1000, 4099), (0, 1, 3, 64, 130)
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value) encounter")
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """The device of the kernels; on the CPU the operators run them instead of torch."""
+    if not interpreter.interpreting():
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU, and TRITON_INTERPRET is off")
+        yield torch.device("cuda")
+        return
+    interpreter.mend()
+    monkeypatch.setattr(ops, "fused", launch)
+    yield torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(device):
+    """Memory is full of NaN until a kernel has written it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_memory_is_poisoned(device):
+    call = KernelCalls(torch.zeros(2, 4, 8, device=device))
+    assert call.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(3, dtype=BF16, device=device)).isnan().all()
+
+
+def turn(values):
+    """Goes round `values`, to spread an axis over cases without multiplying them."""
+    return map(next, itertools.repeat(itertools.cycle(values)))
+
+
+def fits(case):
+    """Whether the interpreter takes no more than some ten seconds for it."""
+    return case.tokens * case.channels <= 13_000 or (case.n <= 4 and case.tokens <= 3)
+
+
+RULE, NORM, DTYPE, STREAMS = turn(RULES), turn(NORMS), turn(DTYPES), turn((4, 1, 3, 8, 2, 5))
+CASES = [
+    # each convention, with and without padding of its matrices
+    *(Case("coefficients", n, dtype=next(DTYPE), rule=rule)
+      for rule, n in zip(RULES, itertools.cycle((4, 8, 2)))),
+    *(Case("read", n, dtype=next(DTYPE), rule=rule)
+      for rule, n in zip(RULES, itertools.cycle((3, 5, 7, 6)))),
+    # each number of streams and dtype
+    *(Case("seam", n, dtype=dtype, norm=next(NORM), rule=next(RULE))
+      for dtype in DTYPES for n in range(1, 9)),
+    # each size
+    Case("seam", 4, 1000, 3, BF16, norm="rms"), Case("seam", 2, 1000, 1, F32, norm="layer"),
+    Case("seam", 2, 4099, 1, BF16, norm="layer"), Case("seam", 1, 4099, 3, F16, norm="rms plain"),
+    *(Case("seam", 2, tokens=tokens, dtype=next(DTYPE), norm="rms") for tokens in TOKENS),
+    *(Case(op, next(STREAMS), channels, tokens, next(DTYPE))
+      for op in ("pre", "post_res", "expand", "collapse")
+      for channels, tokens in ((33, 130), (1000, 3), (4099, 1), (33, 0), (33, 64))),
+    Case("coefficients", 5, 1000, 1, F32), Case("read", 6, 33, 0, BF16), Case("read", 2, 4099, 1, F16),
+]  # fmt: skip
+EVERYTHING = [
+    *(Case(op, n, channels, tokens, dtype, next(RULE), next(NORM) if op == "seam" else "none")
+      for op, n, channels, tokens, dtype
+      in itertools.product(OPERATORS, range(1, 9), CHANNELS, TOKENS, DTYPES)),
+    *(Case(op, n, dtype=dtype, rule=rule)
+      for op, n, dtype, rule
+      in itertools.product(("coefficients", "seam"), range(1, 9), DTYPES, RULES)),
+    *(Case("seam", n, dtype=dtype, norm=norm)
+      for n, dtype, norm in itertools.product(range(1, 9), DTYPES, NORMS)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_operator(case, device):
+    check(case, inputs_of(case, device))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", EVERYTHING, ids=str)
+def test_everything(case, device):
+    if device.type == "cpu" and not fits(case):
+        pytest.skip("takes too long in the interpreter")
+    check(case, inputs_of(case, device))
+
+
+SMALL = [
+    Case(op, n, 40, 5, dtype, norm="rms")
+    for op in ("read", "post_res", "seam")
+    for n, dtype in ((4, BF16), (5, F32))
+]
+"""A launch of every kernel, for compute-sanitizer: see docs/kernels.md."""
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small(case, device):
+    check(case, inputs_of(case, device))
+
+
+def test_small_launches_every_kernel(device, monkeypatch):
+    seen = set()
+    launched = KernelCalls.run
+
+    def noted(call, spec, *args):
+        seen.add((spec.op, spec.mix, spec.carry))
+        launched(call, spec, *args)
+
+    monkeypatch.setattr(KernelCalls, "run", noted)
+    for case in SMALL:
+        check(case, inputs_of(case, device))
+    wanted = {
+        (spec.op, spec.mix, spec.carry)
+        for n in (4, 5)
+        for spec in mc.codegen.kernel_set.kernel_set(n, 40)
+    } - {("read_backward", True, True)}
+    assert seen >= {key for key in wanted if key[0] != "pre" or True}, wanted - seen
+
+
+def test_no_access_outside_of_the_arguments(device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("counted in the interpreter; on a GPU by compute-sanitizer")
+    launched = KernelCalls.run
+
+    def counted(call, spec, *args):
+        with count_traffic({str(k): a for k, a in enumerate(args) if torch.is_tensor(a)}):
+            launched(call, spec, *args)
+
+    monkeypatch.setattr(KernelCalls, "run", counted)
+    for n, channels, dtype in ((3, 33, BF16), (5, 40, F16), (8, 17, BF16)):
+        case = Case("seam", n, channels, 5, dtype, norm="layer")
+        check(case, inputs_of(case, device))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced", "stream last"])
+@pytest.mark.parametrize("op", ["seam", "read", "post_res", "pre"])
+def test_strided_inputs(op, layout, device):
+    case = Case(op, 4, 20, 6, F32 if layout == "sliced" else BF16)
+    p = inputs_of(case, device)
+    wide = torch.randn(6, 4, 20, device=device).to(case.dtype)
+    p["x"] = {
+        "transposed": lambda: wide.transpose(0, 1).contiguous().transpose(0, 1),
+        "expanded": lambda: wide[:, :1].expand(6, 4, 20),
+        "sliced": lambda: torch.stack([wide, wide], -1).repeat(2, 1, 1, 1)[::2, ..., 1],
+        "stream last": lambda: wide.mT.contiguous().mT,
+    }[layout]().detach().requires_grad_()  # fmt: skip
+    assert not p["x"].is_contiguous()
+    for name in ("f", "post", "phi"):
+        if name in p:
+            p[name] = p[name].detach().t().contiguous().t().requires_grad_()
+            assert not p[name].is_contiguous()
+    check(case, p)
+
+
+def test_leading_dimensions_and_strided_gradients(device):
+    case = Case("seam", 3, 20, 6, BF16, norm="rms")
+    p = inputs_of(case, device)
+    flat = run(case, p)
+    lead = {n: t.unflatten(0, (2, 3)) if n in ("x", "f", "post", "res") else t for n, t in p.items()}
+    got = run(case, lead)
+    for a, b in zip(got, flat, strict=True):
+        assert a.shape[:2] == (2, 3) and torch.equal(a.flatten(0, 1), b)
+    sums = torch.autograd.grad(sum(t.float().sum() for t in got), list(p.values()))  # expanded
+    right = torch.autograd.grad(flat, list(p.values()), [torch.ones_like(t) for t in flat])
+    for a, b in zip(sums, right, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize(
+    "used", [{"y"}, {"h"}, {"y", "h"}, {"pre"}, {"post", "res"}, {"h", "pre"}], ids=sorted
+)
+def test_missing_gradients(used, n, dtype, device):
+    if (n == 5) == (dtype == BF16):
+        pytest.skip("the other dtype is tested with this n")
+    check_seam_and_read(n, dtype, used, device)
+
+
+def check_seam_and_read(n, dtype, used, device):
+    seam = Case("seam", n, dtype=dtype, norm="layer")
+    check(seam, inputs_of(seam, device), used)
+    read = Case("read", n, dtype=dtype)
+    if used - {"y"}:
+        check(read, inputs_of(read, device), used)
+
+
+@pytest.mark.parametrize("op", ["seam", "read"])
+@pytest.mark.parametrize("frozen", ["phi", "x", "all but x"])
+def test_frozen_inputs(frozen, op, device, monkeypatch):
+    case = Case(op, 3, dtype=F32)
+    p = inputs_of(case, device)
+    for name, value in p.items():
+        if name == frozen or (frozen == "all but x" and name != "x"):
+            value.requires_grad_(False)
+    launched, names = KernelCalls.run, []
+
+    def noted(call, spec, *args):
+        names.append(spec.op)
+        launched(call, spec, *args)
+
+    monkeypatch.setattr(KernelCalls, "run", noted)
+    check(case, p)
+    assert ("phi_backward" in names) == (frozen == "x")
+
+
+@pytest.mark.parametrize("op", ["seam", "read", "coefficients"])
+def test_parameters_in_bf16(op, device):
+    case = Case(op, 4, 40, 5, BF16, norm="rms" if op == "seam" else "none", parameters=BF16)
+    check(case, inputs_of(case, device))
+
+
+def test_sublayer_in_another_dtype(device):
+    case = Case("post_res", 3, dtype=F32)
+    p = inputs_of(case, device)
+    p["f"] = p["f"].detach().to(BF16).requires_grad_()
+    check(case, p)
+
+
+@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("rule", ["paper", "deepseek_v4", "transformer_engine", "clamp"])
+def test_extreme_logits(rule, n, device):
+    """With biases of +-200 most gates are closed; what stays must be finite, and right."""
+    case = Case("read", n, 20, 9, F32, rule)
+    p = inputs_of(case, device)
+    with torch.no_grad():
+        p["bias"].copy_(200 * torch.randint(-1, 2, p["bias"].shape))
+    # Sinkhorn's slopes reach thousands: the differences of such numbers keep fewer digits.
+    check(case, p, bounds=lambda *about: 100 * bound_of(*about))
+
+
+def test_nan_stays_in_its_token(device):
+    for case in (Case("seam", 4, 33, 70, BF16, norm="rms"), Case("read", 3, 33, 70, F32)):
+        p = inputs_of(case, device)
+        clean = run(case, p)
+        given = cotangents(case, clean)
+        right = gradients(clean, p, given)
+        p["x"].data[40, 1, 3] = float("nan")
+        dirty = run(case, p)
+        back = gradients(dirty, p, given)
+        others = torch.arange(70, device=device) != 40
+        for a, b in zip(dirty, clean, strict=True):
+            assert torch.equal(a[others], b[others])
+            assert a[40].isnan().any()
+        for name in p.keys() & {"x", "f", "post", "res"}:
+            assert torch.equal(back[name][others], right[name][others]), name
+            assert back[name][40].isnan().any()
+
+
+def test_equal_runs_give_equal_bits(device):
+    """No sum depends on the order in which programs finish."""
+    case = Case("seam", 4, 200, 600 if device.type == "cuda" else 40, BF16, norm="rms")
+    p = inputs_of(case, device)
+    given = cotangents(case, run(case, p))
+    first, *more = [gradients(run(case, p), p, given) for _ in range(3)]
+    for other in more:
+        assert all(torch.equal(first[name], other[name]) for name in p)
+
+
+def test_more_tokens_than_a_group(device, monkeypatch):
+    """phi's gradient in shares of several groups, and pre's norm by programs of several tokens."""
+    if device.type == "cpu":
+        from mhc_compile.codegen import signature
+
+        monkeypatch.setattr(signature, "_GROUP_TOKENS", 8)
+        monkeypatch.setattr(signature, "_PROGRAMS", 4)
+        monkeypatch.setattr(signature, "_WORKERS", 2)
+    case = Case("seam", 2, 33, 70 if device.type == "cpu" else 5000, BF16, norm="layer")
+    check(case, inputs_of(case, device))
+
+
+def test_wrong_streams_are_refused(device):
+    case = Case("pre", 9, 8)
+    with pytest.raises(mc.MHCError, match='up to 8 streams, got 9.*kernels="reference"'):
+        run(case, inputs_of(case, device))
+    seam = replace(Case("seam", 2, 8))
+    p = inputs_of(seam, device)
+    with pytest.raises(mc.MHCError, match="norm must be one of"):
+        torch.ops.mhc.seam(*p.values(), None, None, "batch", 1e-3, seam.key)
+
+
+@pytest.mark.parametrize("name", names_of(Case("seam")))
+def test_a_wrong_result_is_seen(name, device):
+    """The measure itself: one element of a tensor that is off by more than its rounding."""
+    case = Case("seam", 2, dtype=F32)
+    out = dict(zip(names_of(case), run(case, inputs_of(case, device)), strict=True))[name].detach()
+    wrong = out.clone()
+    wrong.view(-1)[-1] += 1e-3 * out.abs().max()
+    assert error(wrong, out) > bound_of(case, name, False) > error(out, out)
+    wrong.view(-1)[-1] = float("nan")
+    assert error(wrong, out) == float("inf")
