@@ -97,7 +97,7 @@ class KernelCalls:
     # --- forward --------------------------------------------------------------------------
 
     def split_phi(self, phi: Tensor) -> Pair:
-        """phi as `[n, columns, C]`, then as `[n, C, columns]`."""
+        """Lays phi out as `[n, columns, C]`, then as `[n, C, columns]`."""
         spec = self.spec("split_phi")
         narrow = spec.products in ("split", "bf16")
         size = self.n * spec.columns * self.channels
@@ -108,7 +108,7 @@ class KernelCalls:
         return high, low
 
     def mix(self, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
-        """y = res x + post f."""
+        """Mixes the streams, y = res x + post f."""
         y = torch.empty_like(x)
         self.run(self.spec("mix"), x, f, post, res, y, self.tokens)
         return y
@@ -116,7 +116,7 @@ class KernelCalls:
     def project(
         self, x: Tensor, f: Tensor | None, post: Tensor | None, res: Tensor | None, phi: Pair
     ) -> tuple[Tensor, Tensor]:
-        """y = res x + post f, or x, and its partial products `[parts, maps + 1, tokens]`."""
+        """Mixes where f is given; returns y and its products `[parts, maps + 1, tokens]`."""
         if f is not None and post is not None and res is not None and not fits_whole(self.base):
             x, f, post, res = self.mix(x, f, post, res), None, None, None
         spec = self.spec("project", mix=f is not None)
@@ -138,7 +138,7 @@ class KernelCalls:
         self, x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str,
         eps: float,
     ) -> Tensor:  # fmt: skip
-        """h = sum_i pre_i x_i, normed, `[tokens, C]`."""
+        """Reads h = sum_i pre_i x_i, normed, `[tokens, C]`."""
         spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None)
         h = self.empty(self.tokens, self.channels, dtype=self.dtype)
         self.run(spec, x, pre, weight, shift, h, self.tokens, eps)
@@ -187,7 +187,7 @@ class KernelCalls:
         self, proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, g_pre: Tensor,
         g_post: Tensor, g_res: Tensor,
     ) -> tuple[Pair, Tensor, Tensor, Tensor]:  # fmt: skip
-        """dh `[tokens, columns]`, scale `[tokens]`, and the gradients of alpha and bias.
+        """The pair dh `[tokens, columns]`, scale `[tokens]`, the gradients of alpha and bias.
 
         `g_pre: [terms, n, tokens]` is summed over its terms.
         """

@@ -11,8 +11,8 @@ from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
 OPS = (
-    "split_phi", "mix", "project", "gates", "pre", "pre_backward", "gates_backward", "seam_backward",
-    "read_backward", "mix_backward", "phi_backward", "seam_once",
+    "split_phi", "mix", "project", "gates", "pre", "seam_once", "pre_backward", "gates_backward",
+    "seam_backward", "read_backward", "mix_backward", "phi_backward",
 )  # fmt: skip
 GATED = ("gates", "gates_backward", "seam_once")
 """Operations that depend on the convention."""

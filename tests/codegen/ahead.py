@@ -90,8 +90,8 @@ def write_table() -> str:
     order = list(TARGETS)
     rows.sort(key=lambda row: (row[0], row[1], row[2], row[3], order.index(row[4])))
     columns = (
-        "kernel", "n", "C", "dtype", "target", "registers", "stack", "shared", "matrix instructions",
-        "loads (16 B)", "stores (16 B)", "s",
+        "kernel", "n", "C", "dtype", "target", "registers", "stack", "shared",
+        "matrix instructions", "loads (16 B)", "stores (16 B)", "s",
     )  # fmt: skip
     text = HEADER.format(triton=triton.__version__)
     text += f"\n{len(rows)} compiles, {len(faults)} with faults.\n\n## Faults\n\n"

@@ -124,9 +124,7 @@ def widened(p: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def run_reference(
-    case: Case, p: dict[str, Tensor], got: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def run_reference(case: Case, p: dict[str, Tensor], got: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The results in float64; `got` is what the kernels gave."""
     if case.op == "expand":
         return (reference.expand_streams(p["x"], case.n),)
@@ -167,11 +165,10 @@ def names_of(case: Case) -> tuple[str, ...]:
 
 
 def cotangents(case: Case, outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients of the results: those of maps are as large as a sublayer of C channels makes them."""
-    size = math.sqrt(case.channels)
+    """Gradients of the results; those of maps as large as a sublayer of C channels makes them."""
+    sizes = dict.fromkeys(("pre", "post", "res"), math.sqrt(case.channels))
     return [
-        (torch.randn(out.shape, device=out.device) * (size if name in ("pre", "post", "res") else 1))
-        .to(out.dtype)
+        (torch.randn(out.shape, device=out.device) * sizes.get(name, 1.0)).to(out.dtype)
         for name, out in zip(names_of(case), outputs, strict=True)
     ]  # fmt: skip
 
@@ -180,9 +177,7 @@ def gradients(
     outputs: tuple[Tensor, ...], p: dict[str, Tensor], given: list[Tensor | None]
 ) -> dict[str, Tensor | None]:
     """By name of the input; a result with None in its place is not used."""
-    pairs = [
-        (out, g.to(out.dtype)) for out, g in zip(outputs, given, strict=True) if g is not None
-    ]
+    pairs = [(out, g.to(out.dtype)) for out, g in zip(outputs, given, strict=True) if g is not None]
     leaves = {name: value for name, value in p.items() if value.requires_grad}
     found = torch.autograd.grad(
         [out for out, _ in pairs], list(leaves.values()), [g for _, g in pairs], allow_unused=True

@@ -14,7 +14,12 @@ from mhc_compile.codegen.signature import arguments, counts, grid, group_tokens
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.codegen.traffic import traffic
 
-DTYPES = {"*i32": torch.int32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
+DTYPES = {
+    "*i32": torch.int32,
+    "*bf16": torch.bfloat16,
+    "*fp16": torch.float16,
+    "*fp32": torch.float32,
+}
 
 
 def arguments_for(spec: KernelSpec, tokens: int) -> dict[str, torch.Tensor]:

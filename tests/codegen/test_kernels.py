@@ -10,8 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 from operators import (
-    NORMS, OPERATORS, RULES, Case, bound_of, check, cotangents, error, gradients, inputs_of,
-    names_of, run,
+    NORMS,
+    OPERATORS,
+    RULES,
+    Case,
+    bound_of,
+    check,
+    cotangents,
+    error,
+    gradients,
+    inputs_of,
+    names_of,
+    run,
 )  # fmt: skip
 
 import mhc_compile as mc
@@ -79,7 +89,8 @@ CASES = [
     *(Case(op, next(STREAMS), channels, tokens, next(DTYPE))
       for op in ("pre", "post_res", "expand", "collapse")
       for channels, tokens in ((33, 130), (1000, 3), (4099, 1), (33, 0), (33, 64))),
-    Case("coefficients", 5, 1000, 1, F32), Case("read", 6, 33, 0, BF16), Case("read", 2, 4099, 1, F16),
+    Case("coefficients", 5, 1000, 1, F32), Case("read", 6, 33, 0, BF16),
+    Case("read", 2, 4099, 1, F16),
 ]  # fmt: skip
 EVERYTHING = [
     *(Case(op, n, channels, tokens, dtype, next(RULE), next(NORM) if op == "seam" else "none")
@@ -177,7 +188,9 @@ def test_leading_dimensions_and_strided_gradients(device):
     case = Case("seam", 3, 20, 6, BF16, norm="rms")
     p = inputs_of(case, device)
     flat = run(case, p)
-    lead = {n: t.unflatten(0, (2, 3)) if n in ("x", "f", "post", "res") else t for n, t in p.items()}
+    lead = {
+        n: t.unflatten(0, (2, 3)) if n in ("x", "f", "post", "res") else t for n, t in p.items()
+    }
     got = run(case, lead)
     for a, b in zip(got, flat, strict=True):
         assert a.shape[:2] == (2, 3) and torch.equal(a.flatten(0, 1), b)
@@ -279,7 +292,7 @@ def test_equal_runs_give_equal_bits(device):
 
 
 def test_more_tokens_than_a_group(device, monkeypatch):
-    """phi's gradient in shares of several groups, and pre's norm by programs of several tokens."""
+    """Shares of several groups for phi's gradient, programs of several tokens for pre's norm."""
     if device.type == "cpu":
         from mhc_compile.codegen import signature
 
