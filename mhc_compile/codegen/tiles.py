@@ -33,7 +33,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(tokens, width, math.ceil(c / width), warps, stages, inner)
 
     if spec.op == "split_phi":
-        return strips(1, min(256, 8192 // spec.columns), 8 if many else 4)
+        return strips(1, 8192 // spec.columns, 8 if many else 4)
     if spec.op == "mix":
         return strips(2 if many else 4, 512)
     if spec.op == "pre":
