@@ -27,7 +27,7 @@ def render(spec: KernelSpec) -> str:
         spec=spec, n=spec.streams, C=spec.channels, K=spec.maps, KP=spec.columns,
         BT=spec.tile.tokens, BC=spec.tile.width, PARTS=spec.tile.parts, SPAN=spec.span,
         STAGES=spec.tile.stages, BK=min(spec.tile.inner, spec.tile.width),
-        ragged=spec.ragged, dtype=DTYPES[spec.dtype], WIDE=min(512, spec.row),
+        ragged=spec.ragged, dtype=DTYPES[spec.dtype], WIDE=min(2048, spec.row),
         # AMD's matrix units multiply float32 as it is.
         precision="ieee" if spec.target == "hip" and spec.products == "tf32x3" else spec.products,
         streams=range(spec.streams), rule=spec.rule, plan=plan,

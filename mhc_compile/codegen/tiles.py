@@ -21,7 +21,10 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op in ("gates", "gates_backward"):
         tokens = 4 if spec.streams > 4 else 8
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
-    if spec.op in ("project", "seam_once"):
+    if spec.op == "seam_once":
+        width = _width(32, spec.channels)
+        return Tile(1 if tokens <= 16 else 2, width, min(32, math.ceil(spec.channels / width)))
+    if spec.op == "project":
         return _project(spec)
     if spec.norm != "none":
         return _norm(spec)
@@ -61,12 +64,10 @@ def _project(spec: KernelSpec) -> Tile:
     """Two warps stream best, but have no registers left for masks or float32 products."""
     full = spec.products not in ("split", "bf16")
 
-    def tile(tokens: int, width: int, warps: int, stages: int = 1, parts: int = 8) -> Tile:
+    def tile(tokens: int, width: int, warps: int, stages: int = 1) -> Tile:
         width = _width(width, spec.channels)
-        return Tile(tokens, width, min(parts, math.ceil(spec.channels / width)), warps, stages)
+        return Tile(tokens, width, min(8, math.ceil(spec.channels / width)), warps, stages)
 
-    if spec.op == "seam_once":
-        return tile(16, 32, 4, parts=16)
     if not spec.mix and spec.streams > 4:
         return tile(16, 16, 8) if full else tile(32, 32, 4)
     if not spec.mix:
