@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mhc_compile.codegen.cache import load
 from mhc_compile.codegen.signature import counts, grid, group_tokens
-from mhc_compile.codegen.spec import KernelSpec, Tile
-from mhc_compile.codegen.tiles import choose_tile
+from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
+from mhc_compile.codegen.tiles import choose_tile, fits_whole
 from mhc_compile.conventions import Convention
 
 Pair = tuple[Tensor, Tensor | None]
@@ -49,8 +49,8 @@ class KernelCalls:
         )  # fmt: skip
 
     def spec(self, op: str, **fields: Any) -> KernelSpec:
-        """The kernel of an operation for these streams; those with gates alone depend on the rule."""
-        if op not in ("gates", "gates_backward", "seam_once"):
+        """The kernel of an operation for these streams."""
+        if op not in GATED:
             fields["rule"] = Convention("paper")
         spec = replace(self.base, op=op, **fields)
         return replace(spec, tile=choose_tile(spec, self.tokens))
@@ -97,7 +97,7 @@ class KernelCalls:
     # --- forward --------------------------------------------------------------------------
 
     def split_phi(self, phi: Tensor) -> Pair:
-        """phi as `[n, columns, C]`, then as `[n, C, columns]`."""
+        """Lays phi out as `[n, columns, C]`, then as `[n, C, columns]`."""
         spec = self.spec("split_phi")
         narrow = spec.products in ("split", "bf16")
         size = self.n * spec.columns * self.channels
@@ -108,7 +108,7 @@ class KernelCalls:
         return high, low
 
     def mix(self, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
-        """y = res x + post f."""
+        """Mixes the streams, y = res x + post f."""
         y = torch.empty_like(x)
         self.run(self.spec("mix"), x, f, post, res, y, self.tokens)
         return y
@@ -116,7 +116,9 @@ class KernelCalls:
     def project(
         self, x: Tensor, f: Tensor | None, post: Tensor | None, res: Tensor | None, phi: Pair
     ) -> tuple[Tensor, Tensor]:
-        """y = res x + post f, or x, and its partial products `[parts, maps + 1, tokens]`."""
+        """Mixes where f is given; returns y and its products `[parts, maps + 1, tokens]`."""
+        if f is not None and post is not None and res is not None and not fits_whole(self.base):
+            x, f, post, res = self.mix(x, f, post, res), None, None, None
         spec = self.spec("project", mix=f is not None)
         y = torch.empty_like(x) if f is not None else x
         partial = self.empty(spec.tile.parts, self.maps + 1, self.tokens)
@@ -136,7 +138,7 @@ class KernelCalls:
         self, x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str,
         eps: float,
     ) -> Tensor:  # fmt: skip
-        """h = sum_i pre_i x_i, normed, `[tokens, C]`."""
+        """Reads h = sum_i pre_i x_i, normed, `[tokens, C]`."""
         spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None)
         h = self.empty(self.tokens, self.channels, dtype=self.dtype)
         self.run(spec, x, pre, weight, shift, h, self.tokens, eps)
@@ -185,7 +187,7 @@ class KernelCalls:
         self, proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, g_pre: Tensor,
         g_post: Tensor, g_res: Tensor,
     ) -> tuple[Pair, Tensor, Tensor, Tensor]:  # fmt: skip
-        """dh `[tokens, columns]`, scale `[tokens]`, and the gradients of alpha and bias.
+        """The pair dh `[tokens, columns]`, scale `[tokens]`, the gradients of alpha and bias.
 
         `g_pre: [terms, n, tokens]` is summed over its terms.
         """

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import resources
 from typing import Any
 
-from mhc_compile.codegen.spec import OPS, KernelSpec, Tile
+from mhc_compile.codegen.spec import GATED, OPS, KernelSpec, Tile
 from mhc_compile.codegen.tiles import choose_tile, fits_whole
 from mhc_compile.conventions import Convention
 
-# The seam, forward and backward, and what stands at the ends of a stream: a read without a mix
-# before it, a mix without a read after it.
 _NORMS: tuple[dict[str, Any], ...] = (
     {"norm": "rms", "weight": True},
     {},
@@ -20,17 +17,25 @@ _NORMS: tuple[dict[str, Any], ...] = (
     {"norm": "layer", "weight": True},
     {"norm": "layer", "weight": True, "shift": True},
 )
-_VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "project": ({"mix": True}, {}),
-    "pre": _NORMS,
-    "pre_backward": _NORMS,
-    "read_backward": ({"carry": True}, {}),
-}
 
 
-def has_template(op: str) -> bool:
-    """Whether an operation is there as a generated kernel."""
-    return (resources.files("mhc_compile.codegen") / "templates" / f"{op}.py.jinja").is_file()
+def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
+    """Operations with their fields, as `launch.py` asks for them."""
+    norms = _NORMS[:1] if seam_only else _NORMS
+    found: list[tuple[str, dict[str, Any]]] = [
+        (op, {}) for op in ("split_phi", "gates", "gates_backward", "phi_backward")
+    ]
+    found += [(op, norm) for op in ("pre", "pre_backward") for norm in norms]
+    if whole:
+        found += [("project", {"mix": True}), ("seam_backward", {})]
+    else:
+        found += [("read_backward", {"carry": True})]
+    if not (whole and seam_only):
+        found += [(op, {}) for op in ("mix", "project", "mix_backward")]
+    if not seam_only:
+        found += [("read_backward", {})]
+        found += [("seam_once", norm) for norm in norms if whole]
+    return sorted(found, key=lambda pair: OPS.index(pair[0]))
 
 
 def kernel_set(
@@ -52,25 +57,22 @@ def kernel_set(
         tokens: how many tokens a call has; the tiles depend on its order of magnitude.
         rule: the convention, the paper's where left out.
         target: "cuda", "hip" or "interpret".
-        seam_only: only the kernels between two sublayers with an RMSNorm, none of a stream's ends.
+        seam_only: only the kernels between two sublayers with an RMSNorm, for many tokens: none of
+            a stream's ends, nor the one of few tokens.
 
     Raises:
         MHCError: a value that the kernels do not support.
     """
-    products = "split" if dtype == "bf16" else "tf32x3"
+    base = KernelSpec(
+        "mix", streams, channels, dtype, Tile(16), "split" if dtype == "bf16" else "tf32x3",
+        target=target,
+    )  # fmt: skip
     specs = []
-    whole = fits_whole(KernelSpec("mix", streams, channels, dtype, Tile(16), products))
-    ends = {"mix", "read_backward", "mix_backward"} if whole else {"mix"}
-    for op in filter(has_template, OPS):
-        if seam_only and op in ends or op == "seam_backward" and not whole:
-            continue
-        for fields in _VARIANTS.get(op, ({},))[: 1 if seam_only else None]:
-            spec = KernelSpec(
-                op, streams, channels, dtype, Tile(16), products, target=target, **fields,
-            )  # fmt: skip
-            if op.startswith("gates") and rule is not None:
-                spec = replace(spec, rule=rule)
-            specs.append(replace(spec, tile=choose_tile(spec, tokens)))
+    for op, fields in _variants(fits_whole(base), seam_only):
+        spec = replace(base, op=op, **fields)
+        if op in GATED and rule is not None:
+            spec = replace(spec, rule=rule)
+        specs.append(replace(spec, tile=choose_tile(spec, tokens)))
     # The parts that "gates" kernels add up are those of the kernel before.
     mixes = [spec.tile.parts for spec in specs if spec.op == "project"]
     return tuple(

@@ -26,9 +26,12 @@ def render(spec: KernelSpec) -> str:
     text = template.render(
         spec=spec, n=spec.streams, C=spec.channels, K=spec.maps, KP=spec.columns,
         BT=spec.tile.tokens, BC=spec.tile.width, PARTS=spec.tile.parts, SPAN=spec.span,
-        STAGES=spec.tile.stages, BK=min(spec.tile.inner, spec.tile.width), ragged=spec.ragged, dtype=DTYPES[spec.dtype],
-        WIDE=min(2048, spec.row),
-        streams=range(spec.streams), rule=spec.rule, plan=plan, log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
+        STAGES=spec.tile.stages, BK=min(spec.tile.inner, spec.tile.width),
+        ragged=spec.ragged, dtype=DTYPES[spec.dtype], WIDE=min(2048, spec.row),
+        # AMD's matrix units multiply float32 as it is.
+        precision="ieee" if spec.target == "hip" and spec.products == "tf32x3" else spec.products,
+        streams=range(spec.streams), rule=spec.rule, plan=plan,
+        log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
         NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip
     return re.sub(r"\n(?:[ ]*\n)+(?=    )", "\n", text).rstrip() + "\n"  # macros leave empty lines

@@ -11,9 +11,11 @@ from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
 OPS = (
-    "split_phi", "mix", "project", "gates", "pre", "pre_backward", "gates_backward", "seam_backward",
-    "read_backward", "mix_backward", "phi_backward", "seam_once",
+    "split_phi", "mix", "project", "gates", "pre", "seam_once", "pre_backward", "gates_backward",
+    "seam_backward", "read_backward", "mix_backward", "phi_backward",
 )  # fmt: skip
+GATED = ("gates", "gates_backward", "seam_once")
+"""Operations that depend on the convention."""
 DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 PRODUCTS = ("split", "bf16", "tf32x3", "tf32")
 NORMS = ("none", "rms", "layer")
@@ -55,10 +57,11 @@ class KernelSpec:
             (relative error of phi below 2**-16), exact bf16 products, float32 sums; "bf16": phi in
             bf16 alone; "tf32x3" and "tf32": as in Triton, on float32 operands.
         tile: see `Tile`.
-        rule: the numerical axes; only "gates" kernels depend on it.
+        rule: the numerical axes; only those of `GATED` depend on it.
         mix: the streams are mixed first, y = res x + post f ("project").
         carry: a gradient of the streams is added ("read_backward").
-        norm: the norm of the next sublayer, done with the read ("pre", "pre_backward").
+        norm: the norm of the next sublayer, done with the read ("pre", "pre_backward",
+            "seam_once").
         weight: that norm has a weight.
         shift: that norm has a shift.
         target: "cuda", "hip" or "interpret" (Triton's interpreter on a CPU).

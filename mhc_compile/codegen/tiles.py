@@ -11,49 +11,78 @@ from mhc_compile.codegen.spec import KernelSpec, Tile
 def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     """The tile of a kernel; `tokens` matters by its order of magnitude alone.
 
+    Registers decide: more than 4 streams, and rows of channels that do not begin at multiples of
+    16 bytes and are loaded number by number, take smaller tiles or more warps for the same tile.
+
     Args:
         spec: the kernel; `spec.tile.parts` counts where the parts come from another kernel.
         tokens: how many tokens there are.
     """
-    c, n = spec.channels, spec.streams
-    short = 1 << (c - 1).bit_length()
-    if spec.op == "split_phi":
-        return Tile(1, min(256, short))
-    if spec.op == "mix":
-        width = min(512, short)
-        return Tile(4, width, math.ceil(c / width), 4)
-    if spec.op == "project":
-        width = max(16, min(64, short))
-        parts = min(8, math.ceil(c / width))
-        return Tile(16, width, parts, 2, 2) if spec.mix else Tile(64, width, parts, 4, 3)
-    if spec.op == "seam_once":
-        width = max(16, min(32, short))
-        few = 1 if tokens <= 16 else 2
-        return Tile(few, width, min(32, math.ceil(c / width)), 4)
     if spec.op in ("gates", "gates_backward"):
-        tokens = 8 if n <= 4 else 4
+        tokens = 4 if spec.streams > 4 else 8
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
-    if spec.op == "pre":
-        if spec.norm != "none":
-            return Tile(1, short, 1, 8 if c > 2560 else 4)
-        width = min(512, short)
-        return Tile(4, width, math.ceil(c / width), 4)
-    if spec.op == "pre_backward":
-        if spec.norm != "none":
-            return Tile(1, short, 1, 4)
-        return Tile(1, min(1024, short), 1, 4)
-    if spec.op == "seam_backward":
-        width = max(16, min(256, short))
-        return Tile(64, width, math.ceil(c / width), 4, 2, 128)
-    if spec.op == "read_backward":
-        width = max(16, min(32, short))
-        return Tile(16, width, math.ceil(c / 128), 1, 2)
-    if spec.op == "mix_backward":
-        width = min(256, short)
-        return Tile(4, width, math.ceil(c / width), 4)
-    assert spec.op == "phi_backward"
-    return Tile(32, max(16, min(128, 1 << (n * c - 1).bit_length())), 1, 4, 3)
+    if spec.op == "seam_once":
+        width = _width(32, spec.channels)
+        return Tile(1 if tokens <= 16 else 2, width, min(32, math.ceil(spec.channels / width)))
+    if spec.op == "project":
+        return _project(spec)
+    if spec.norm != "none":
+        return _norm(spec)
+    c, many, odd = spec.channels, spec.streams > 4, spec.channels % 8 != 0
+    full = spec.products not in ("split", "bf16")  # products of float32 numbers
 
+    def strips(tokens: int, width: int, warps: int = 4, stages: int = 1, inner: int = 64) -> Tile:
+        width = _width(width, c)
+        return Tile(tokens, width, math.ceil(c / width), warps, stages, inner)
+
+    if spec.op == "split_phi":
+        return strips(1, 8192 // spec.columns, 8 if many else 4)
+    if spec.op == "mix":
+        return strips(2 if many else 4, 512)
+    if spec.op == "pre":
+        return strips(4, 512)
+    if spec.op == "pre_backward":
+        return Tile(1, _width(1024, c))
+    if spec.op == "seam_backward":
+        return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
+    if spec.op == "read_backward":
+        warps = 4 if many else 2 if odd else 1
+        return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
+    if spec.op == "mix_backward":
+        return strips(2 if many else 4, 256)
+    assert spec.op == "phi_backward"
+    width = (32 if full else 64) if many else 128
+    return Tile(32, _width(width, spec.streams * c), 1, 4, 3)
+
+
+def _width(most: int, channels: int) -> int:
+    """A power of two of at least 16, as products need, that covers the channels if it may."""
+    return max(16, min(most, 1 << (channels - 1).bit_length()))
+
+
+def _project(spec: KernelSpec) -> Tile:
+    """Two warps stream best, but have no registers left for masks or float32 products."""
+    full = spec.products not in ("split", "bf16")
+
+    def tile(tokens: int, width: int, warps: int, stages: int = 1) -> Tile:
+        width = _width(width, spec.channels)
+        return Tile(tokens, width, min(8, math.ceil(spec.channels / width)), warps, stages)
+
+    if not spec.mix and spec.streams > 4:
+        return tile(16, 16, 8) if full else tile(32, 32, 4)
+    if not spec.mix:
+        return tile(64, 32, 4, 2)
+    if full:
+        return tile(16, 16, 4)
+    best = tile(16, 64, 2, 2)
+    return tile(16, 32, 4) if replace(spec, tile=best).ragged else best
+
+
+def _norm(spec: KernelSpec) -> Tile:
+    """Whole rows; the backward also keeps sums for the gradients of weight and shift."""
+    if spec.op == "pre":
+        return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
+    return Tile(1, spec.row, 1, max(4, min(32, spec.row // 512)))
 
 
 def fits_whole(spec: KernelSpec) -> bool:

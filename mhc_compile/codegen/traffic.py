@@ -44,6 +44,9 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "project":
         mix = " f post res" if spec.mix else ""
         return f"x{mix} high{low}", ("y " if spec.mix else "") + "partial"
+    if spec.op == "seam_once":
+        out = "y h pre post_next res_next proj square"
+        return f"x f post res phi alpha bias{weight}{shift}", out
     if spec.op == "gates":
         return "partial alpha bias", "pre post res proj square"
     if spec.op == "pre":
@@ -69,7 +72,7 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
 
 
 # What a kernel keeps in the caches between its own phases.
-_SCRATCH = {"seam_backward": ("products",)}
+_SCRATCH = {"seam_backward": ("products",), "seam_once": ("partial", "arrived")}
 
 
 def _sides(spec: KernelSpec) -> Iterator[list[Argument]]:
@@ -81,7 +84,8 @@ def _sides(spec: KernelSpec) -> Iterator[list[Argument]]:
 def traffic(spec: KernelSpec, tokens: int) -> Traffic:
     """Bytes of one launch in closed form: the sizes of what the operation reads and writes.
 
-    What a kernel reads twice counts once, as it would with a cache that holds it.
+    What a kernel reads twice counts once, as it would with a cache that holds it; what it reads of
+    its own results counts as written alone.
 
     Example:
         >>> from mhc_compile.codegen.spec import Tile

@@ -14,41 +14,51 @@ from tabulate import tabulate
 
 from mhc_compile.codegen.compile_ahead import TARGETS, Compiled
 from mhc_compile.codegen.kernel_set import kernel_set
-from mhc_compile.codegen.spec import KernelSpec
+from mhc_compile.codegen.spec import GATED, KernelSpec
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "out" / "aot"
 TABLE = ROOT / "docs" / "kernels_ahead.md"
 STREAMS = (2, 4, 8)
-CHANNELS = (2560, 4096, 7168, 1001)  # the last one odd: every access has a mask
+CHANNELS, ODD = 4096, 1001  # odd: every access has a mask
+NORMED = (2560, 7168)  # whole rows in registers
 HEADER = """# The kernels as compiled for GPUs that were not there
 
-Written by `make aot`, with triton {triton}; do not edit. bf16 streams and products of phi as two
-bf16 numbers; tiles for 8192 tokens. Registers and stack bytes (spilled registers) of one thread,
-shared memory of one program in KiB, loads and stores of global memory in the code and how many of
-them move 16 bytes, seconds in Triton. A fault is a spill, more shared memory than the target has,
-or a product without matrix instructions. "gates" kernels do the same work for any C and are listed
-for one, as are the kernels at the ends of a stream (a read alone, a mix alone, no norm).
+Written by `make aot`, with triton {triton}; do not edit. bf16 streams with products of phi as two
+bf16 numbers, or fp32; tiles for 8192 tokens. Registers and stack bytes (spilled registers) of one
+thread, shared memory of one program in KiB, loads and stores of global memory in the code and how
+many of them move 16 bytes, seconds in Triton. A fault is a spill, more shared memory than the
+target has, or a product without matrix instructions.
+
+Kernels are listed where their code differs: the seam's for C = 4096 and, with masks, for 1001, in
+fp32 for 1001; those with a norm, which hold whole rows, also for 2560 and 7168; "gates" for one C;
+those at the ends of a stream and for few tokens for n = 4.
 """
+
+
+def _specs() -> Iterator[KernelSpec]:
+    for streams in STREAMS:
+        yield from kernel_set(streams, CHANNELS, seam_only=streams != 4)
+        for channels, dtype in ((ODD, "bf16"), (ODD, "fp32"), *((c, "bf16") for c in NORMED)):
+            for spec in kernel_set(streams, channels, dtype, seam_only=True):
+                if spec.op not in GATED and (channels == ODD or spec.norm != "none"):
+                    yield spec
 
 
 def cases() -> Iterator[tuple[KernelSpec, str]]:
     """Every kernel and target of the full set."""
-    for streams in STREAMS:
-        for channels in CHANNELS:
-            first = channels == CHANNELS[0]
-            for spec in kernel_set(streams, channels, seam_only=not first):
-                if first or not spec.op.startswith("gates"):
-                    yield from ((spec, target) for target in TARGETS)
+    for spec in _specs():
+        yield from ((spec, target) for target in TARGETS)
 
 
 def case_id(spec: KernelSpec, target: str) -> str:
-    return f"{spec.name}-n{spec.streams}-C{spec.channels}-{target}"
+    return f"{spec.name}-n{spec.streams}-C{spec.channels}-{spec.dtype}-{target}"
 
 
 def write_row(spec: KernelSpec, target: str, result: Compiled | str) -> None:
     """Keeps the result of one compile, or why there is none."""
-    row = {"name": spec.name, "n": spec.streams, "C": spec.channels, "target": target}
+    row = {"name": spec.name, "n": spec.streams, "C": spec.channels}
+    row |= {"dtype": spec.dtype, "target": target}
     if isinstance(result, str):
         row["faults"] = [result]
     else:
@@ -66,7 +76,7 @@ def write_table() -> str:
     rows, faults = [], []
     for path in sorted(ROWS.glob("*.json")):
         row = json.loads(path.read_text())
-        head = [row["name"], row["n"], row["C"], row["target"]]
+        head = [row[key] for key in ("name", "n", "C", "dtype", "target")]
         if row["faults"]:
             faults.append(f"{' '.join(map(str, head))}: {'; '.join(row['faults'])}")
         if "registers" not in row:
@@ -78,10 +88,10 @@ def write_table() -> str:
             f"{row['stores']} ({row['wide_stores']})", round(row["seconds"], 1),
         ])  # fmt: skip
     order = list(TARGETS)
-    rows.sort(key=lambda row: (row[0], row[1], row[2], order.index(row[3])))
+    rows.sort(key=lambda row: (row[0], row[1], row[2], row[3], order.index(row[4])))
     columns = (
-        "kernel", "n", "C", "target", "registers", "stack", "shared", "matrix instructions",
-        "loads (16 B)", "stores (16 B)", "s",
+        "kernel", "n", "C", "dtype", "target", "registers", "stack", "shared",
+        "matrix instructions", "loads (16 B)", "stores (16 B)", "s",
     )  # fmt: skip
     text = HEADER.format(triton=triton.__version__)
     text += f"\n{len(rows)} compiles, {len(faults)} with faults.\n\n## Faults\n\n"

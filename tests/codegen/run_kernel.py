@@ -14,7 +14,12 @@ from mhc_compile.codegen.signature import arguments, counts, grid, group_tokens
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.codegen.traffic import traffic
 
-DTYPES = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
+DTYPES = {
+    "*i32": torch.int32,
+    "*bf16": torch.bfloat16,
+    "*fp16": torch.float16,
+    "*fp32": torch.float32,
+}
 
 
 def arguments_for(spec: KernelSpec, tokens: int) -> dict[str, torch.Tensor]:
@@ -23,7 +28,9 @@ def arguments_for(spec: KernelSpec, tokens: int) -> dict[str, torch.Tensor]:
     tensors = {}
     for argument in arguments(spec):
         if argument.name in moved.read | moved.written | moved.scratch:
-            tensor = torch.full(argument.shape(count), torch.nan, dtype=DTYPES[argument.type])
+            dtype = DTYPES[argument.type]
+            empty = torch.nan if dtype.is_floating_point else 0  # counters begin at 0
+            tensor = torch.full(argument.shape(count), empty, dtype=dtype)
             if argument.name in moved.read:
                 tensor = torch.rand(tensor.shape).to(tensor.dtype)
             tensors[argument.name] = tensor

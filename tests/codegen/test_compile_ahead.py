@@ -1,6 +1,6 @@
 """Kernels compiled for GPUs that are not there.
 
-`make test` compiles one seam for one GPU, `make aot` everything for all of them.
+`make test` compiles some of one seam for one GPU, `make aot` everything for all of them.
 """
 
 import os
@@ -16,7 +16,8 @@ from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.errors import MHCError
 
-QUICK = kernel_set(4, 2560, seam_only=True)
+SEAM = {spec.op: spec for spec in kernel_set(4, 2560, seam_only=True)}
+QUICK = [SEAM[op] for op in ("project", "gates", "pre", "phi_backward")]
 SMALL = KernelSpec("pre", 2, 512, "bf16", Tile(4, 512))
 
 
@@ -34,8 +35,7 @@ def test_seam_on_sm_90(spec):
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "sm_90"])
 def test_other_targets(target):
-    spec = next(spec for spec in QUICK if spec.op == "phi_backward")
-    compiled = compile_ahead(spec, target)
+    compiled = compile_ahead(SEAM["phi_backward"], target)
     check(compiled)
     assert compiled.matrix and compiled.spec.target == TARGETS[target].backend
 
@@ -50,7 +50,7 @@ def test_spills_are_found():
 
 
 def test_shared_memory_and_matrix_instructions():
-    spec = kernel_set(4, 2560, seam_only=True)[1]
+    spec = SEAM["project"]
     good = Compiled(spec, "sm_80", 128, 0, 0, 163 * 1024, (("HMMA", 4),), 8, 8, 4, 4, 1.0)
     check(good)
     assert "the limit is 166912" in replace(good, shared=163 * 1024 + 1).faults[0]
