@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import enum
 import functools
 import operator
 import types
@@ -18,15 +17,21 @@ from torch.overrides import TorchFunctionMode
 from mhc_compile._torch_compat import Source, compiled_module, user_source
 from mhc_compile.errors import TraceError
 from mhc_compile.passes.call_paths import LeafPath
-from mhc_compile.passes.containers import children, is_named_tuple, is_record, rebuilt
+from mhc_compile.passes.containers import (
+    CONSTANTS,
+    children,
+    form_of,
+    is_named_tuple,
+    is_record,
+)
 from mhc_compile.passes.trace_guards import GuardList, is_overflow_check
-from mhc_compile.passes.value_proxy import Method, ValueProxy, proxies_in, unwrapped
-
-CONSTANTS = (
-    type(None), bool, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format,
-    enum.Enum, type, type(Ellipsis),
-)  # fmt: skip
-"""Arguments of these types are part of a graph's key; all others are its inputs."""
+from mhc_compile.passes.value_proxy import (
+    Method,
+    SizeProxy,
+    ValueProxy,
+    proxies_in,
+    unwrapped,
+)
 
 SELF = "forward.__self__"
 """The block itself as an attribute of the block, for nodes that need the module."""
@@ -83,6 +88,7 @@ class _RecordFunctions(TorchFunctionMode):
 
 
 _UNKNOWN = object()
+_NUMBERS = int | float | complex
 
 
 class Tracer:
@@ -101,6 +107,7 @@ class Tracer:
         self.inputs: dict[LeafPath, fx.Node] = {}
         self.guards = GuardList()
         self.paused = 0
+        self.grad_enabled = torch.is_grad_enabled()
         self.inspected = False
         self.modules = {id(m): name for name, m in block.named_modules()}
         self.opened = {id(block.get_submodule(name)) for name in opened} | {id(block)}
@@ -112,6 +119,7 @@ class Tracer:
         self.attributes: dict[str, ValueProxy] = {}
         self.proxies: dict[int, list[ValueProxy]] = {}
         self.overwritten: dict[int, tuple[Tensor, Tensor]] = {}
+        self.failed: Exception | None = None
         self.modes: dict[int, list[fx.Node]] = {}
         self.notes: list[str] = []
         self.call_opened = call_opened
@@ -182,14 +190,19 @@ class Tracer:
             node.meta["effect"] = True
         in_place = is_in_place(target, kwargs)
         if in_place:
-            self._save_overwritten(args)
-        if value is _UNKNOWN:
-            with self.pause():
-                value = self._evaluate(kind, target, unwrapped(args), unwrapped(kwargs))
+            self._save_overwritten(args, kwargs)
+        given = value is not _UNKNOWN
+        if not given:
+            try:
+                with self.pause():
+                    value = self._evaluate(kind, target, unwrapped(args), unwrapped(kwargs))
+            except Exception as error:
+                self.failed = error
+                raise
         if in_place:
             node.meta["in_place"] = True
-            self._update_aliases(node, args)
-        return self.wrap(node, value)
+            self._update_aliases(node, args, kwargs)
+        return self.wrap(node, value, given or in_place)
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "call_function":
@@ -208,12 +221,11 @@ class Tracer:
             # Its pre-hooks fetch what its forward needs.
             return module._call_impl(*args, **kwargs)
 
-    def _save_overwritten(self, args: tuple[Any, ...]) -> None:
+    def _save_overwritten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Parameters and attributes that a write in place would change are put back later."""
-        first = next((a for a in args if type(a) is ValueProxy), None)
-        if first is not None and first._mhc_node.op == "get_attr":
-            tensor = first._mhc_value
-            if builtins.isinstance(tensor, Tensor):
+        for written in _written(args, kwargs):
+            tensor = written._mhc_value
+            if written._mhc_node.op == "get_attr" and builtins.isinstance(tensor, Tensor):
                 with self.pause():
                     self.overwritten.setdefault(id(tensor), (tensor, tensor.detach().clone()))
 
@@ -224,12 +236,17 @@ class Tracer:
                 if tensor.device.type != "meta":
                     tensor.copy_(before)
 
-    def _update_aliases(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+    def _update_aliases(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After an in-place write every name of that tensor stands for the new value."""
-        first = next((a for a in args if type(a) is ValueProxy), None)
-        if first is not None:
-            node.meta["value"] = first._mhc_value
-            for alias in self.proxies.get(id(first._mhc_value), []):
+        written = _written(args, kwargs)
+        if kwargs.get("out") is not None and len(written) != 1:
+            raise TraceError(
+                f"{self.label} writes to several tensors at once with out= at {here()}, which a "
+                "graph does not follow; assign the results instead"
+            )
+        for proxy in written:
+            node.meta["value"] = proxy._mhc_value
+            for alias in self.proxies.get(id(proxy._mhc_value), []):
                 alias._mhc_node = node
 
     def proxy_for(self, node: fx.Node, value: Any) -> ValueProxy:
@@ -239,10 +256,31 @@ class Tracer:
         self.proxies.setdefault(id(value), []).append(proxy)
         return proxy
 
-    def wrap(self, node: fx.Node, value: Any) -> Any:
-        """Wraps a result: containers stay containers, constants stay constants."""
+    def wrap(self, node: fx.Node, value: Any, done: bool = False) -> Any:
+        """Wraps a result: containers stay containers, constants stay constants.
+
+        Their form becomes a guard, since the traced code sees it. A constant has none if the node
+        was called for something else than its result (`done`).
+        """
+        parts = _is_container(value)
+        if parts or builtins.isinstance(value, CONSTANTS) and type(value) is not bool and not done:
+            self._guard_form(node, value)
+        return self._wrap(node, value)
+
+    def _guard_form(self, node: fx.Node, value: Any) -> None:
+        owner = node.args[0] if type(value) is torch.Size and node.args else None
+        if builtins.isinstance(owner, fx.Node) and owner.op == "placeholder":
+            return  # the number of dimensions is part of the graph's key
+        look: Callable[[Any], Any] = len if type(value) is torch.Size else form_of
+        form = self.graph.call_function(look, (node,))
+        form.meta["per_stream"] = True  # n-stream tensors have the same form
+        self.guards.add(form, look(value))
+
+    def _wrap(self, node: fx.Node, value: Any) -> Any:
         if type(value) in (tuple, list, torch.Size):
             items = [self._item(node, i, v) for i, v in enumerate(value)]
+            if type(value) is torch.Size:
+                return SizeProxy(items)
             return items if type(value) is list else tuple(items)
         if is_named_tuple(value):
             return type(value)(*(self._item(node, i, v) for i, v in enumerate(value)))
@@ -257,7 +295,7 @@ class Tracer:
             return value
         item = self.graph.call_function(operator.getitem, (node, key))
         item.meta["source"] = node.meta.get("source")
-        return self.wrap(item, value)
+        return self._wrap(item, value)
 
     # --- attributes -----------------------------------------------------------------------
 
@@ -319,7 +357,7 @@ class Tracer:
             return self._attribute_node(a)
         if is_named_tuple(a):
             return type(a)(*(self.create_arg(v) for v in a))
-        if type(a) in (tuple, list, torch.Size):
+        if type(a) in (tuple, list, torch.Size, SizeProxy):
             items = [self.create_arg(v) for v in a]
             return items if type(a) is list else tuple(items)
         if type(a) is dict:
@@ -393,6 +431,18 @@ class Tracer:
         self.guards.add(proxy._mhc_node, proxy._mhc_value)
         return proxy._mhc_value
 
+    def written_out(self, proxy: ValueProxy) -> Any:
+        """What `str(proxy)` and f-strings show: a number becomes a guard."""
+        value = proxy._mhc_value
+        if self.paused or not builtins.isinstance(value, _NUMBERS | Tensor):
+            return value
+        return self.specialised(proxy, "the text")
+
+    def key_of(self, proxy: ValueProxy) -> Any:
+        """What a dict or a set looks up: a number becomes a guard."""
+        known = self.paused or not builtins.isinstance(proxy._mhc_value, _NUMBERS)
+        return proxy._mhc_value if known else self.specialised(proxy, "a key")
+
     def index_of(self, proxy: ValueProxy) -> int:
         """`__index__`: a guard, unless it only was torch looking at an argument's type."""
         if builtins.isinstance(proxy._mhc_value, Tensor):
@@ -456,6 +506,17 @@ def is_in_place(target: Any, kwargs: Mapping[str, Any]) -> bool:
     )  # fmt: skip
 
 
+def _written(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[ValueProxy]:
+    """The proxies of what a function changes in place: `out`, else its first argument."""
+    if kwargs.get("out") is not None:
+        return proxies_in(kwargs["out"])
+    return [a for a in args if type(a) is ValueProxy][:1]
+
+
+def _is_container(value: Any) -> bool:
+    return type(value) in (tuple, list, torch.Size, dict) or is_named_tuple(value)
+
+
 def _tensors_in(value: Any) -> list[Tensor]:
     if builtins.isinstance(value, Tensor):
         return [value]
@@ -472,4 +533,4 @@ def here() -> str:
     return f"{source[0]}:{source[1]}" if source else "an unknown line"
 
 
-__all__ = ["CONSTANTS", "Restart", "Tracer", "here", "is_in_place", "rebuilt"]
+__all__ = ["Restart", "Tracer", "here", "is_in_place"]
