@@ -21,7 +21,8 @@ from mhc_compile.errors import TraceError
 from mhc_compile.passes.containers import put
 from mhc_compile.passes.python_effects import is_user_code
 from mhc_compile.passes.simple_values import copied, is_simple
-from mhc_compile.passes.tracer import SELF, Restart, Tracer, here
+from mhc_compile.passes.trace_errors import Restart, here
+from mhc_compile.passes.tracer import SELF, Tracer
 from mhc_compile.passes.value_proxy import ValueProxy, unwrapped
 
 _MISSING = object()

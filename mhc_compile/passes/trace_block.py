@@ -34,6 +34,7 @@ from mhc_compile.passes.opaque_calls import (
 from mhc_compile.passes.opened_modules import call_opened
 from mhc_compile.passes.python_effects import PythonEffects
 from mhc_compile.passes.record import patched_module_call
+from mhc_compile.passes.trace_errors import Restart
 from mhc_compile.passes.trace_guards import Guard
 from mhc_compile.passes.trace_inputs import Write, add_inputs, plain
 from mhc_compile.passes.trace_patches import (
@@ -42,7 +43,7 @@ from mhc_compile.passes.trace_patches import (
     patched_grad_mode,
     patched_isinstance,
 )
-from mhc_compile.passes.tracer import Restart, Tracer
+from mhc_compile.passes.tracer import Tracer
 from mhc_compile.passes.undo import rehearsed
 from mhc_compile.passes.whole_calls import kept_autograd_functions, kept_checkpoints
 

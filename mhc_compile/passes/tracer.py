@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import functools
 import operator
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,12 +17,21 @@ from mhc_compile.errors import TraceError
 from mhc_compile.passes.call_paths import LeafPath
 from mhc_compile.passes.containers import (
     CONSTANTS,
-    children,
     form_of,
     is_named_tuple,
-    is_record,
 )
-from mhc_compile.passes.trace_guards import GuardList, is_overflow_check
+from mhc_compile.passes.node_arguments import node_argument
+from mhc_compile.passes.proxy_queries import ProxyQueries
+from mhc_compile.passes.torch_functions import (
+    holds_tensor,
+    is_accessor,
+    is_in_place,
+    public_name,
+    tensors_in,
+    written_in,
+)
+from mhc_compile.passes.trace_errors import here
+from mhc_compile.passes.trace_guards import GuardList
 from mhc_compile.passes.value_proxy import (
     Method,
     SizeProxy,
@@ -41,17 +48,6 @@ _STATIC_ATTRIBUTES = frozenset(
 )
 _AUTOGRAD_ATTRIBUTES = frozenset({"requires_grad", "grad_fn", "is_leaf", "grad"})
 _SIZE_METHODS = frozenset({"size", "dim", "numel", "nelement", "stride", "element_size"})
-
-
-class Restart(Exception):  # noqa: N818  # a signal: the trace needs another preparation
-    """The block has to be traced again with something kept opaque or symbolic.
-
-    `kind` names a set of `trace_block.Preparation`, `item` what to add to it.
-    """
-
-    def __init__(self, kind: str, item: Any) -> None:
-        super().__init__(kind)
-        self.kind, self.item = kind, item
 
 
 class _RecordFunctions(TorchFunctionMode):
@@ -74,24 +70,23 @@ class _RecordFunctions(TorchFunctionMode):
         proxies = proxies_in((args, kwargs))
         tracer.guards.drop_index(proxies)
         if proxies:
-            return tracer.create("call_function", _public(func), args, kwargs)
-        known = _holds_tensor((args, kwargs)) and not _is_accessor(func)
-        if known and all(id(t) in tracer.tensors for t in _tensors_in((args, kwargs))):
-            return tracer.create("call_function", _public(func), args, kwargs)
+            return tracer.create("call_function", public_name(func), args, kwargs)
+        known = holds_tensor((args, kwargs)) and not is_accessor(func)
+        if known and all(id(t) in tracer.tensors for t in tensors_in((args, kwargs))):
+            return tracer.create("call_function", public_name(func), args, kwargs)
         if known and is_in_place(func, kwargs):
             tracer.create_arg(args)  # a tensor from elsewhere: raises before anything is written
         with tracer.pause():
             value = func(*args, **kwargs)
-        if not builtins.isinstance(value, Tensor) or _is_accessor(func):
+        if not builtins.isinstance(value, Tensor) or is_accessor(func):
             return value
-        return tracer.create("call_function", _public(func), args, kwargs, value)
+        return tracer.create("call_function", public_name(func), args, kwargs, value)
 
 
 _UNKNOWN = object()
-_NUMBERS = int | float | complex
 
 
-class Tracer:
+class Tracer(ProxyQueries):
     """Builds the graph of one block and computes each node's value as it goes."""
 
     def __init__(
@@ -223,7 +218,7 @@ class Tracer:
 
     def _save_overwritten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Parameters and attributes that a write in place would change are put back later."""
-        for written in _written(args, kwargs):
+        for written in written_in(args, kwargs):
             tensor = written._mhc_value
             if written._mhc_node.op == "get_attr" and builtins.isinstance(tensor, Tensor):
                 with self.pause():
@@ -238,7 +233,7 @@ class Tracer:
 
     def _update_aliases(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """After an in-place write every name of that tensor stands for the new value."""
-        written = _written(args, kwargs)
+        written = written_in(args, kwargs)
         if kwargs.get("out") is not None and len(written) != 1:
             raise TraceError(
                 f"{self.label} writes to several tensors at once with out= at {here()}, which a "
@@ -335,6 +330,9 @@ class Tracer:
             self.attributes[path] = self.proxy_for(node, value)
         return self.attributes[path]
 
+    def _first_node(self) -> fx.Node | None:
+        return next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+
     def module_node(self, module: nn.Module) -> fx.Node:
         """The node of a module of the block, or of the block itself."""
         return self.attribute(self.modules[id(module)] or SELF, module)._mhc_node
@@ -345,192 +343,10 @@ class Tracer:
         node.meta.update(source=user_source(), late=True)
         return self.wrap(node, value)
 
-    # --- arguments of nodes ---------------------------------------------------------------
-
     def create_arg(self, a: Any) -> Any:
         """Turns an argument into what a node can hold."""
-        if type(a) is ValueProxy:
-            return a._mhc_node
-        if id(a) in self.built:
-            return self.built[id(a)]
-        if builtins.isinstance(a, Tensor | nn.Module):
-            return self._attribute_node(a)
-        if is_named_tuple(a):
-            return type(a)(*(self.create_arg(v) for v in a))
-        if type(a) in (tuple, list, torch.Size, SizeProxy):
-            items = [self.create_arg(v) for v in a]
-            return items if type(a) is list else tuple(items)
-        if type(a) is dict:
-            return {k: self.create_arg(v) for k, v in a.items()}
-        if type(a) is slice:
-            return slice(*(self.create_arg(v) for v in (a.start, a.stop, a.step)))
-        if builtins.isinstance(a, dict) and proxies_in(a):  # e.g. a model output
-            return self._construct(type(a), {k: self.create_arg(v) for k, v in a.items()})
-        if is_record(a) or hasattr(type(a), "__dataclass_fields__") and proxies_in(vars(a)):
-            fields = children(a) or list(vars(a).items())
-            return self._construct(type(a), {str(k): self.create_arg(v) for k, v in fields})
-        if builtins.isinstance(a, type | types.FunctionType | types.BuiltinFunctionType):
-            return self.graph.call_function(_constant(a))
-        if builtins.isinstance(a, CONSTANTS) or type(a) in (int, float, complex, range):
-            return a
-        if type(a).__module__ == "numpy":
-            return a.item() if a.ndim == 0 else self.graph.call_function(_array(a))
-        if id(a) in self.objects:
-            return self.attribute(self.objects[id(a)], a)._mhc_node
-        return self._unknown(a)
-
-    def _construct(self, kind: type, fields: dict[str, Any]) -> fx.Node:
-        node = self.graph.call_function(kind, (), fields)
-        node.meta["source"] = user_source()
-        return node
-
-    def _unknown(self, a: Any) -> Any:
-        kind = type(a)
-        if kind.__flags__ & 1 << 9 and not callable(a) and "__dict__" in dir(a):  # a heap type
-            raise Restart("classes", kind)
-        raise TraceError(
-            f"{self.label} passes a {kind.__name__} at {here()} that a torch.fx graph "
-            "cannot hold; pass tensors, numbers, strings, and tuples, lists or dicts of them"
-        )
-
-    def _attribute_node(self, a: Tensor | nn.Module) -> fx.Node:
-        if builtins.isinstance(a, nn.Module) and id(a) in self.modules:
-            return self.module_node(a)
-        name = self.tensors.get(id(a))
-        if not name:
-            raise TraceError(
-                f"{self.label} uses a {type(a).__name__} at {here()} that is neither an argument "
-                "of its forward nor one of its parameters, buffers or submodules; register it"
-            )
-        return self.attribute(name, a)._mhc_node
-
-    def _first_node(self) -> fx.Node | None:
-        return next((n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
-
-    # --- what Python asks of proxies ------------------------------------------------------
-
-    def truth_of(self, proxy: ValueProxy) -> bool:
-        """`bool(proxy)`: a guard, unless it depends on data."""
-        value = proxy._mhc_value
-        if builtins.isinstance(value, Tensor):
-            if not is_overflow_check(proxy._mhc_node) or value.device.type == "meta":
-                self.fail_on_data("bool()")
-            with self.pause():
-                value = bool(value)
-            self.guards.add(proxy._mhc_node, value)
-            return value
-        if type(value) is not bool:
-            return bool(self.create("call_function", operator.truth, (proxy,), {}))
-        self.guards.add(proxy._mhc_node, value)
-        return value
-
-    def specialised(self, proxy: ValueProxy, what: str) -> Any:
-        """The value of a number that Python needs to know."""
-        if builtins.isinstance(proxy._mhc_value, Tensor):
-            self.fail_on_data(what)
-        self.guards.add(proxy._mhc_node, proxy._mhc_value)
-        return proxy._mhc_value
-
-    def written_out(self, proxy: ValueProxy) -> Any:
-        """What `str(proxy)` and f-strings show: a number becomes a guard."""
-        value = proxy._mhc_value
-        if self.paused or not builtins.isinstance(value, _NUMBERS | Tensor):
-            return value
-        return self.specialised(proxy, "the text")
-
-    def key_of(self, proxy: ValueProxy) -> Any:
-        """What a dict or a set looks up: a number becomes a guard."""
-        known = self.paused or not builtins.isinstance(proxy._mhc_value, _NUMBERS)
-        return proxy._mhc_value if known else self.specialised(proxy, "a key")
-
-    def index_of(self, proxy: ValueProxy) -> int:
-        """`__index__`: a guard, unless it only was torch looking at an argument's type."""
-        if builtins.isinstance(proxy._mhc_value, Tensor):
-            self.fail_on_data("an index or a size")
-        if not self.paused:
-            self.guards.add_index(proxy)
-        return operator.index(proxy._mhc_value)
-
-    def fail_on_data(self, what: str) -> None:
-        """Control flow that depends on tensor values cannot be a graph."""
-        raise TraceError(
-            f"{self.label} takes {what} of a tensor at {here()}, so its control flow depends on "
-            "data; move that code into a submodule that does not hold the residual add, or leave "
-            "the block out with filter_fn"
-        )
-
-
-@functools.cache
-def _constant(value: Any) -> Callable[[], Any]:
-    """A class or function as the result of a call, since fx cannot write it into code."""
-
-    def constant() -> Any:
-        return value
-
-    return constant
-
-
-def _array(value: Any) -> Callable[[], Any]:
-    """A numpy array as the result of a call; what it depends on is guarded."""
-
-    def array() -> Any:
-        return value
-
-    return array
-
-
-def _public(func: Any) -> Any:
-    """The plain operator for a tensor's dunder, which reads better in generated code."""
-    name = getattr(func, "__name__", "")
-    if getattr(torch.Tensor, name, None) is func:
-        return {"add": torch.add, "mul": torch.mul, "sub": torch.sub, "div": torch.div}.get(
-            name, func
-        )
-    return func
-
-
-def _is_accessor(func: Any) -> bool:
-    return getattr(func, "__name__", "") == "__get__"
-
-
-def is_in_place(target: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function or method changes its first argument."""
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        return True
-    return (
-        name in ("setitem", "__setitem__", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow",
-                 "imatmul", "iand", "ior")
-        or kwargs.get("inplace") is True
-        or kwargs.get("out") is not None
-    )  # fmt: skip
-
-
-def _written(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[ValueProxy]:
-    """The proxies of what a function changes in place: `out`, else its first argument."""
-    if kwargs.get("out") is not None:
-        return proxies_in(kwargs["out"])
-    return [a for a in args if type(a) is ValueProxy][:1]
+        return node_argument(self, a)
 
 
 def _is_container(value: Any) -> bool:
     return type(value) in (tuple, list, torch.Size, dict) or is_named_tuple(value)
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    if builtins.isinstance(value, Tensor):
-        return [value]
-    return [t for _, v in children(value) or () for t in _tensors_in(v)]
-
-
-def _holds_tensor(value: Any) -> bool:
-    return bool(_tensors_in(value))
-
-
-def here() -> str:
-    """The line of user code that runs, as messages give it."""
-    source = user_source(3)
-    return f"{source[0]}:{source[1]}" if source else "an unknown line"
-
-
-__all__ = ["Restart", "Tracer", "here", "is_in_place"]
