@@ -12,9 +12,8 @@ from mhc_compile._torch_compat import autocast_state
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import MHCError, UnsupportedResidualError
 from mhc_compile.passes.call_paths import LeafPath, leaves_of, named_leaves, positional_names
-from mhc_compile.passes.containers import children, is_named_tuple, is_record, rebuilt
+from mhc_compile.passes.containers import CONSTANTS, children, is_named_tuple, is_record, rebuilt
 from mhc_compile.passes.plan import BlockPlan
-from mhc_compile.passes.tracer import CONSTANTS
 
 
 class Rewrite(Protocol):

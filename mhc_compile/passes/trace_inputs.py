@@ -10,9 +10,9 @@ from typing import Any
 from torch import fx
 
 from mhc_compile.passes.call_paths import LeafPath, is_open, named_leaves, positional_names
-from mhc_compile.passes.containers import children, put, rebuilt, record_fields
+from mhc_compile.passes.containers import CONSTANTS, children, put, rebuilt, record_fields
 from mhc_compile.passes.trace_patches import protected_copy
-from mhc_compile.passes.tracer import CONSTANTS, Tracer
+from mhc_compile.passes.tracer import Tracer
 from mhc_compile.passes.value_proxy import proxies_in
 
 
