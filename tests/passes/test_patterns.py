@@ -653,6 +653,25 @@ class ParallelBranches(Model):
         return self.head(loop.collapse("mhc", streams))
 
 
+class PostNormBehindCast(Model):
+    """Post-norm; one sum is made in another precision, so its norm stands behind a cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(self.depth))
+
+    def forward(self, x):
+        for k, f in enumerate(self.f):
+            x = self.norms[k]((x + f(x)).to(x.dtype) if k == self.depth - 1 else x + f(x))
+        return self.head(x)
+
+    def by_hand(self, loop, x):
+        streams = [x] * N
+        for k, f in enumerate(self.f):
+            streams = [self.norms[k](s) for s in loop.step(f"mhc.{k}", streams, f)]
+        return self.head(loop.collapse("mhc", streams))
+
+
 class TwoTowers(Model):
     """Two streams that start from one value."""
 
@@ -771,7 +790,7 @@ PATTERNS = (
     Pattern(AverageOfStates, (3,)), Pattern(ReadTwice, (4,)), Pattern(ScaledByModule, (4,)),
     Pattern(CubicHead, (4,)), Pattern(Joined, (2, 2, 2)), Pattern(Lerps, (2,)), Pattern(Sums, (4,)),
     Pattern(TwoTowers, (2, 2)), Pattern(Decomposed, (4,)), Pattern(ParallelBranches, (3,)),
-    Pattern(Forked, (2, 1, 1)),
+    Pattern(Forked, (2, 1, 1)), Pattern(PostNormBehindCast, (4,)),
 )  # fmt: skip
 by_name = pytest.mark.parametrize("pattern", PATTERNS, ids=[p.model.__name__ for p in PATTERNS])
 
