@@ -672,6 +672,31 @@ class PostNormBehindCast(Model):
         return self.head(loop.collapse("mhc", streams))
 
 
+class HandsViewBack(Model):
+    """A module gets a view of the stream and returns it beside its branch; the root adds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = nn.ModuleList(WithInput(f) for f in self.f)
+
+    def forward(self, x):
+        for pair in self.pairs:
+            f, rest = pair(x.flatten(0, 1))
+            x = (f + rest).view_as(x)
+        return self.head(x)
+
+    by_hand = InRoot.by_hand
+
+
+class WithInput(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x), x
+
+
 class TwoTowers(Model):
     """Two streams that start from one value."""
 
@@ -791,6 +816,7 @@ PATTERNS = (
     Pattern(CubicHead, (4,)), Pattern(Joined, (2, 2, 2)), Pattern(Lerps, (2,)), Pattern(Sums, (4,)),
     Pattern(TwoTowers, (2, 2)), Pattern(Decomposed, (4,)), Pattern(ParallelBranches, (3,)),
     Pattern(Forked, (2, 1, 1)), Pattern(PostNormBehindCast, (4,)),
+    Pattern(HandsViewBack, (4,)),
 )  # fmt: skip
 by_name = pytest.mark.parametrize("pattern", PATTERNS, ids=[p.model.__name__ for p in PATTERNS])
 
