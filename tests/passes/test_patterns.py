@@ -904,6 +904,17 @@ class ChannelsMoved(Model):
         return x
 
 
+class ReinjectedBetweenTwoAxes(Model):
+    """The embedding is mixed in as [B, T, C], residuals are added as [B, C, T]."""
+
+    def forward(self, x):
+        x0 = x
+        for f in self.f[:3]:
+            y = (0.8 * x + 0.3 * x0).transpose(1, 2)
+            x = (y + f(y.transpose(1, 2)).transpose(1, 2)).transpose(1, 2)
+        return self.head(x)
+
+
 class SkipInProduct(Model):
     def forward(self, x):
         for f in self.f[:3]:
@@ -934,7 +945,7 @@ class PutTogether(Model):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [(Highway, "a gate"), (FusedProduct, "fused matrix product"), (ChannelsFirst, "channel axis"),
-     (ChannelsMoved, "channel axis"), (SkipInProduct, "factor of addcmul"),
+     (ChannelsMoved, "channel axis"), (ReinjectedBetweenTwoAxes, "channel axis"), (SkipInProduct, "factor of addcmul"),
      (SomeTokens, "part of the tokens"), (PutTogether, "cut or joined")],
 )  # fmt: skip
 def test_residuals_without_a_counterpart_are_refused_with_the_reason(kind, text):
