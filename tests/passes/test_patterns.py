@@ -697,6 +697,26 @@ class WithInput(nn.Module):
         return self.f(x), x
 
 
+class ReadInTwoShapes(Model):
+    """The residual is reshaped and scaled; the sublayer reads it before and behind that."""
+
+    def forward(self, x):
+        for f in self.f:
+            gate = x.square().mean(-1).reshape(-1, 1).sigmoid()
+            flat = x.reshape(-1, WIDTH)
+            x = (self.scalar * flat + gate * f(flat)).view_as(x)
+        return self.head(x)
+
+    def by_hand(self, loop, x):
+        def sublayer(h, f):
+            return h.square().mean(-1, keepdim=True).sigmoid() * f(h)
+
+        streams = [x] * N
+        for k, f in enumerate(self.f):
+            streams = loop.step(f"mhc.{k}", streams, lambda h, f=f: sublayer(h, f), self.scalar)
+        return self.head(loop.collapse("mhc", streams))
+
+
 class TwoTowers(Model):
     """Two streams that start from one value."""
 
@@ -816,7 +836,7 @@ PATTERNS = (
     Pattern(CubicHead, (4,)), Pattern(Joined, (2, 2, 2)), Pattern(Lerps, (2,)), Pattern(Sums, (4,)),
     Pattern(TwoTowers, (2, 2)), Pattern(Decomposed, (4,)), Pattern(ParallelBranches, (3,)),
     Pattern(Forked, (2, 1, 1)), Pattern(PostNormBehindCast, (4,)),
-    Pattern(HandsViewBack, (4,)),
+    Pattern(HandsViewBack, (4,)), Pattern(ReadInTwoShapes, (4,)),
 )  # fmt: skip
 by_name = pytest.mark.parametrize("pattern", PATTERNS, ids=[p.model.__name__ for p in PATTERNS])
 
@@ -945,7 +965,8 @@ class PutTogether(Model):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [(Highway, "a gate"), (FusedProduct, "fused matrix product"), (ChannelsFirst, "channel axis"),
-     (ChannelsMoved, "channel axis"), (ReinjectedBetweenTwoAxes, "channel axis"), (SkipInProduct, "factor of addcmul"),
+     (ChannelsMoved, "channel axis"), (ReinjectedBetweenTwoAxes, "channel axis"),
+     (SkipInProduct, "factor of addcmul"),
      (SomeTokens, "part of the tokens"), (PutTogether, "cut or joined")],
 )  # fmt: skip
 def test_residuals_without_a_counterpart_are_refused_with_the_reason(kind, text):
