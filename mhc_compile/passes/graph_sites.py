@@ -112,14 +112,15 @@ def find_sites(
             states.update(link, [c.index])
         work.start = work.sites[0].skip
         last = index_of[work.sites[-1].add]
-        work.trailing = [nodes[i] for i in _trailing(work, flow, nodes, states, last)]
+        others = {c.index for c in candidates}
+        work.trailing = [nodes[i] for i in _trailing(work, flow, nodes, states, last, others)]
         links.update(work.trailing)
         works.append(work)
     return works
 
 
 def _trailing(
-    work: BlockGraph, flow: Flow, nodes: list[fx.Node], states: set[int], last: int
+    work: BlockGraph, flow: Flow, nodes: list[fx.Node], states: set[int], last: int, adds: set[int]
 ) -> list[int]:
     """What stands between the last site and where the stream leaves the block or ends.
 
@@ -151,6 +152,8 @@ def _trailing(
         link, node = _link(flow, {last}, stop), nodes[stop]
         on_way = steps([nodes[i] for i in link])
         if node not in on_way or not isinstance(node.meta.get("value"), Tensor):
+            continue
+        if not adds.isdisjoint(link):  # beyond the start of another stream
             continue
         if tuple(map(label, on_way)) in patterns:
             return link
