@@ -409,7 +409,7 @@ class Unseeded(nn.Linear):
     """Random by a generator of its own, so that no check at step 0 can hold."""
 
     def forward(self, x):
-        return super().forward(x) * random.uniform(1, 2)
+        return super().forward(x) * random.SystemRandom().uniform(1, 2)
 
 
 def test_a_forward_that_is_random_beyond_torch_s_seed():

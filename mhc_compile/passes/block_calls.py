@@ -12,9 +12,8 @@ from mhc_compile._torch_compat import autocast_state
 from mhc_compile.config import MHCConfig
 from mhc_compile.errors import MHCError, UnsupportedResidualError
 from mhc_compile.passes.call_paths import LeafPath, leaves_of, named_leaves, positional_names
-from mhc_compile.passes.containers import children, is_named_tuple, is_record, rebuilt
+from mhc_compile.passes.containers import CONSTANTS, children, is_named_tuple, is_record, rebuilt
 from mhc_compile.passes.plan import BlockPlan
-from mhc_compile.passes.tracer import CONSTANTS
 
 
 class Rewrite(Protocol):
@@ -63,11 +62,25 @@ def call_key(value: Any, leaves: list[Any]) -> Any:
     return type(value)
 
 
-def mode_key(block: nn.Module, plan: BlockPlan) -> Any:
+def mode_key(block: nn.Module, plan: BlockPlan, attentions: tuple[str, ...]) -> Any:
     """The state outside the arguments on which a trace depends."""
     device = device_of(block)
     opened = tuple(block.get_submodule(name).training for name in sorted(plan.opened))
-    return block.training, opened, autocast_state(device.type)
+    kinds = tuple(_implementation(block.get_submodule(name)) for name in attentions)
+    return block.training, opened, kinds, autocast_state(device.type)
+
+
+def attention_modules(block: nn.Module) -> tuple[str, ...]:
+    """Submodules whose configurations name an implementation of attention, one each.
+
+    With another implementation a module returns its weights or None in their place.
+    """
+    found = {id(m.config): name for name, m in block.named_modules() if _implementation(m)}
+    return tuple(sorted(found.values()))
+
+
+def _implementation(module: nn.Module) -> Any:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def device_of(block: nn.Module) -> torch.device:

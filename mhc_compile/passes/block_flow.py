@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mhc_compile.errors import UnsupportedResidualError
+from mhc_compile.passes.containers import form_of
 from mhc_compile.passes.flow import NOOPS as NOOP_NAMES
 from mhc_compile.passes.flow import (
     Candidate,
@@ -114,7 +115,7 @@ def _graph_flow(graph: fx.Graph, block: nn.Module, plan: BlockPlan) -> tuple[Flo
 def _note_tuples(graph: fx.Graph) -> None:
     """Gives nodes that return several tensors their values, which stand at the parts alone."""
     for node in graph.nodes:
-        users = list(node.users)
+        users = [u for u in node.users if u.target is not form_of]
         parts = [u.meta.get("value") for u in users if u.target is operator.getitem]
         if "value" not in node.meta and parts and len(parts) == len(users):
             if all(isinstance(part, Tensor) for part in parts):

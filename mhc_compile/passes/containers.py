@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import copy
+import enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+CONSTANTS = (
+    type(None), bool, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format,
+    enum.Enum, type, type(Ellipsis),
+)  # fmt: skip
+"""Arguments of these types are part of a graph's key; all others are its inputs."""
 
 
 def children(value: Any) -> list[tuple[str | int, Any]] | None:
@@ -24,6 +32,21 @@ def children(value: Any) -> list[tuple[str | int, Any]] | None:
     if is_record(value):
         return [(name, getattr(value, name)) for name in record_fields(value)]
     return None
+
+
+def form_of(value: Any) -> str:
+    """Classes, lengths and keys of nested containers, and the constants in them, as a text."""
+    if isinstance(value, Tensor):
+        return "Tensor"
+    if isinstance(value, CONSTANTS):
+        return repr(value)
+    if isinstance(value, dict):
+        parts = [f"{k!r}: {form_of(v)}" for k, v in value.items()]
+    elif isinstance(value, tuple | list):
+        parts = [form_of(v) for v in value]
+    else:
+        return type(value).__name__
+    return f"{type(value).__name__}({', '.join(parts)})"
 
 
 def rebuilt(value: Any, parts: list[Any]) -> Any:

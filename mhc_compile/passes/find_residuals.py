@@ -235,6 +235,7 @@ def _segments(
     links = {k: _link(flow, stream, k) for k in range(1, len(stream.chain))}
     between = [i for link in links.values() for i in link if not flow.ops[i].noop]
     norms = frozenset(type(recording.calls[flow.ops[i].path[-1]].module) for i in between)
+    passed = _passed_values(recording)
     plans = []
     states: set[int] = set()  # what has n streams when a group starts
     for group in groups:
@@ -248,9 +249,8 @@ def _segments(
         call = recording.calls[owner[-1]]
         carrying = sorted(((i, p) for p, i in call.inputs.items() if i in states), reverse=True)
         states.update(adds, *(links[k] for k in group if k != run[0]))
-        known = states | {stream.chain[k].skip for k in group}
-        through = [c.path for c in recording.calls.values()
-                   if known.intersection(c.outputs, c.inputs.values())]  # fmt: skip
+        known = {flow.canonical(i) for i in states} | {stream.chain[k].skip for k in group}
+        through = [path for path, values in passed if not known.isdisjoint(values)]
         # A scale on the skip must show, be it a module of its own.
         ways = [i for k in group for i in stream.chain[k].way if not flow.ops[i].noop]
         opened = _inner_modules(owner, [flow.ops[i].path for i in (*adds, *ways)])
@@ -282,6 +282,15 @@ def _link(flow: Flow, stream: _Stream, k: int) -> list[int]:
     """Operations between the previous add of the stream and the skip of site k."""
     start, stop = stream.chain[k - 1].index, stream.chain[k].operand
     return [] if start == stop else flow.light_path(start, stop) or []
+
+
+def _passed_values(recording: Recording) -> list[tuple[Path, set[int]]]:
+    """For each module call the values that go in and come out, as they are or as views."""
+    canonical = recording.flow.canonical
+    return [
+        (c.path, {canonical(i) for i in c.outputs}.intersection(map(canonical, c.inputs.values())))
+        for c in recording.calls.values()
+    ]
 
 
 def _inner_modules(owner: Path, paths: list[Path]) -> set[str]:

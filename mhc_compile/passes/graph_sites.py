@@ -112,19 +112,21 @@ def find_sites(
             states.update(link, [c.index])
         work.start = work.sites[0].skip
         last = index_of[work.sites[-1].add]
-        work.trailing = [nodes[i] for i in _trailing(work, flow, nodes, states, last)]
+        others = {c.index for c in candidates}
+        work.trailing = [nodes[i] for i in _trailing(work, flow, nodes, states, last, others)]
         links.update(work.trailing)
         works.append(work)
     return works
 
 
 def _trailing(
-    work: BlockGraph, flow: Flow, nodes: list[fx.Node], states: set[int], last: int
+    work: BlockGraph, flow: Flow, nodes: list[fx.Node], states: set[int], last: int, adds: set[int]
 ) -> list[int]:
     """What stands between the last site and where the stream leaves the block or ends.
 
     A stream that ends takes the norm along that stands behind every sublayer (post-norm): the
-    same operations as between two sites here, or one module of a class that stands there.
+    same operations as between two sites here, or one module of a class that stands there. Casts
+    do not count, since not every add of a model needs them.
     """
     if not work.segment.collapse:
         leaves = _output_leaves(nodes[-1].args[0])
@@ -140,15 +142,22 @@ def _trailing(
         constants = [a for a in node.args if not isinstance(a, fx.Node)]
         return node.op, f"{target_name(node)}{constants}"
 
-    patterns = {tuple(map(label, site.link)) for site in work.sites} - {()}
+    noops = {node for node, op in zip(nodes, flow.ops, strict=True) if op.noop}
+
+    def steps(link: list[fx.Node]) -> list[fx.Node]:
+        return [node for node in link if node not in noops]
+
+    patterns = {tuple(map(label, steps(site.link))) for site in work.sites} - {()}
     for stop in reversed(flow.between(last, len(nodes) - 1)):
-        link = _link(flow, {last}, stop)
-        node = nodes[stop]
-        if not link or link[-1] != stop or not isinstance(node.meta.get("value"), Tensor):
+        link, node = _link(flow, {last}, stop), nodes[stop]
+        on_way = steps([nodes[i] for i in link])
+        if node not in on_way or not isinstance(node.meta.get("value"), Tensor):
             continue
-        if tuple(label(nodes[i]) for i in link) in patterns:
+        if not adds.isdisjoint(link):  # beyond the start of another stream
+            continue
+        if tuple(map(label, on_way)) in patterns:
             return link
-        if len(link) == 1 and node.op == "call_module":
+        if on_way == [node] and node.op == "call_module":
             if type(work.block.get_submodule(str(node.target))) in work.segment.norms:
                 return link
     return []

@@ -21,6 +21,7 @@ from mhc_compile.config import MHCConfig
 from mhc_compile.errors import AlreadyTransformedError, MHCError, UnsupportedResidualError
 from mhc_compile.passes.add_guards import add_guards
 from mhc_compile.passes.block_calls import (
+    attention_modules,
     call_key,
     device_of,
     leaf_order,
@@ -59,12 +60,16 @@ class Variant:
 
 @dataclass
 class BlockRewrite:
-    """What a rewritten block keeps besides its modules; `ran` is for `surroundings`."""
+    """What a rewritten block keeps besides its modules; `ran` is for `surroundings`.
+
+    `attentions` are the submodules whose configuration names an implementation of attention.
+    """
 
     plan: BlockPlan
     config: MHCConfig
     original: type[nn.Module]
     open_names: frozenset[str] = frozenset()
+    attentions: tuple[str, ...] = ()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
     ran: bool = False
 
@@ -91,7 +96,7 @@ class BlockRewrite:
         names = (*positional_names(self.original.forward), *[None] * len(args))
         by_position = tuple([part(n, a) for n, a in zip(names, args, strict=False)])
         by_name = tuple([(k, part(k, v)) for k, v in kwargs.items()])
-        return mode_key(block, self.plan), by_position, by_name
+        return mode_key(block, self.plan, self.attentions), by_position, by_name
 
     def call(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Runs the variant that fits the arguments; an unseen kind of call is traced first."""
@@ -189,7 +194,7 @@ def prepare_block(
             "instance, as accelerate's hooks put there, which would hide the rewritten one; remove "
             "it first and put it back afterwards"
         )
-    rewrite = BlockRewrite(plan, config, type(block))
+    rewrite = BlockRewrite(plan, config, type(block), attentions=attention_modules(block))
     # The block's own class would wrap its forward in checkpointing; a subclass's does not count.
     original, modes = type(block), [(m, m.training) for m in block.modules()]
     example = replace_streams(rewrite, args, kwargs, many_streams)

@@ -14,18 +14,17 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mhc_compile._torch_compat import is_internal, user_source
 from mhc_compile.errors import TraceError
 from mhc_compile.passes.containers import put
 from mhc_compile.passes.python_effects import is_user_code
-from mhc_compile.passes.tracer import SELF, Restart, Tracer, here
+from mhc_compile.passes.simple_values import copied, is_simple
+from mhc_compile.passes.trace_errors import Restart, here
+from mhc_compile.passes.tracer import SELF, Tracer
 from mhc_compile.passes.value_proxy import ValueProxy, unwrapped
 
-_SIMPLE = (type(None), bool, int, float, str, torch.dtype, torch.device, enum.Enum)
-_MANY = 16
 _MISSING = object()
 _INTERNALS = frozenset(nn.Module().__dict__) | {"training"}
 # Hugging Face's layers ask for it in a wrapper that leaves checkpointing to the rewritten class.
@@ -118,14 +117,14 @@ class ModuleAccess:
             if known is not value and known is not _MISSING:
                 return self.tracer.late_attribute(owner, name, value)
             return self.tracer.attribute(full, value)
-        if _is_simple(value):
+        if is_simple(value):
             if full in self.symbolic:
                 return self.tracer.attribute(full, value)
             if known is not value and known is not _MISSING and id(owner) in self.tracer.modules:
                 return self.tracer.late_attribute(owner, name, value)
             if not computed and value == value and full not in _UNGUARDED:
                 node = self.tracer.attribute(full, value)._mhc_node
-                self.tracer.guards.add(node, _copied(value), user_source())
+                self.tracer.guards.add(node, copied(value), user_source())
         elif not computed and _is_plain_object(value):
             self.watch_object(value, full)
         return value
@@ -165,7 +164,7 @@ class ModuleAccess:
             return False
         full = f"{path}.{name}" if path else name
         known = self.initial[id(owner)].get(name, _MISSING)
-        if _is_simple(value):
+        if is_simple(value):
             if type(value) is type(known) and value == known:
                 return (id(owner), name) not in self.written and known is value
             if type(value) in (int, float) and type(known) in (int, float):
@@ -241,24 +240,6 @@ def _outside_torch() -> str:
     while frame is not None and not is_user_code(frame.f_code.co_filename, modules=False):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown line"
-
-
-def _is_simple(value: Any) -> bool:
-    if builtins.isinstance(value, _SIMPLE):
-        return True
-    if type(value) in (tuple, list):
-        return len(value) <= _MANY and all(_is_simple(v) for v in value)
-    if type(value) is dict:
-        return len(value) <= _MANY and all(
-            builtins.isinstance(k, str | int) and _is_simple(v) for k, v in value.items()
-        )
-    return False
-
-
-def _copied(value: Any) -> Any:
-    if type(value) in (tuple, list):
-        return type(value)(_copied(v) for v in value)
-    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def _is_plain_object(value: Any) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from mhc_compile.errors import TraceError
-from mhc_compile.passes.tracer import Tracer, here
+from mhc_compile.passes.trace_errors import here
+from mhc_compile.passes.tracer import Tracer
 from mhc_compile.runtime.guards import run_forward_hooks, run_pre_hooks
 
 

@@ -16,6 +16,7 @@ from mhc_compile.passes.find_residuals import plan_rewrite
 from mhc_compile.passes.install_blocks import BlockRewrite, prepare_block
 from mhc_compile.passes.plan import Plan, ResidualSite
 from mhc_compile.passes.record import Recording, patched_module_call
+from mhc_compile.runtime.guards import hook_message
 
 Filter = Callable[[ResidualSite], bool]
 
@@ -49,7 +50,9 @@ def prepare_blocks(
     refused: dict[str, str] = {}
     while True:
         plan = plan_rewrite(recording, _without(refused, filter_fn))
+        hooked = _changed_by_hooks(recording, plan)
         rewrites, failures = _try_blocks(model, plan, config, inputs)
+        failures = {**failures, **hooked}
         if not failures:
             return _with_reasons(plan, refused), rewrites
         if strict:
@@ -81,6 +84,22 @@ def _without(refused: dict[str, str], filter_fn: Filter | None) -> Filter:
 def _with_reasons(plan: Plan, refused: dict[str, str]) -> Plan:
     sites = [replace(s, reason=refused.get(s.name, s.reason)) for s in plan.sites]
     return replace(plan, sites=tuple(sites))
+
+
+def _changed_by_hooks(recording: Recording, plan: Plan) -> dict[str, MHCError]:
+    """Blocks with a submodule to be traced into, of which a hook changes what it returns."""
+    found: dict[str, MHCError] = {}
+    for block in plan.blocks:
+        prefix = f"{block.name}." if block.name else ""
+        names = {f"{prefix}{name}" for name in block.opened}
+        for (name, _), call in recording.calls.items():
+            if name in names and call.changed_by:
+                found[block.name] = UnsupportedResidualError(
+                    f"block {block.name!r}: {hook_message(call.module, call.changed_by[0])}, or "
+                    "leave its sites out with filter_fn"
+                )
+                break
+    return found
 
 
 def _try_blocks(

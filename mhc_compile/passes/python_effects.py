@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dis
+import functools
 import gc
 import os
+import random
 import sys
 import types
 from collections import deque
@@ -17,6 +20,12 @@ from torch import Tensor, nn
 
 from mhc_compile._torch_compat import is_internal
 from mhc_compile.errors import TraceError
+from mhc_compile.passes.outside_values import (
+    LRU_CACHE,
+    guard_outside_values,
+    refuse_random,
+)
+from mhc_compile.passes.trace_patches import TypeOfValue
 from mhc_compile.passes.tracer import Tracer
 
 _MUTATORS = frozenset({
@@ -26,6 +35,7 @@ _MUTATORS = frozenset({
 _CONTAINERS = (list, dict, set, deque)
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 _MOST = 10_000
+_LOADED = "LOAD_GLOBAL"
 
 
 @dataclass
@@ -42,7 +52,7 @@ class _Watched:
 
     def now(self) -> Any:
         """What the name holds now."""
-        if self.kind == "container":
+        if self.kind in ("container", "default"):
             return self.before
         if self.kind == "closure":
             return self.holder.cell_contents
@@ -85,6 +95,7 @@ class PythonEffects:
         self.tracer = tracer
         self.codes: dict[int, types.CodeType] = {}
         self.found: list[_Watched] = []
+        self.names = contextlib.ExitStack()
 
     def __enter__(self) -> PythonEffects:
         self.previous = sys.getprofile()
@@ -98,11 +109,14 @@ class PythonEffects:
         sys.setprofile(self.previous)
         if self.collects:
             gc.enable()
+        self.names.close()
         for watched in self.found:
             if watched.changed():
                 watched.restore()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "c_call" and builtins.isinstance(arg.__self__, random.Random):
+            refuse_random(self.tracer, frame)
         if event != "call" or self.tracer.paused:
             return
         code = frame.f_code
@@ -111,15 +125,35 @@ class PythonEffects:
         self.codes[id(code)] = code
         if is_user_code(code.co_filename):
             self.found += _watched(frame, code)
+            loaded = _names_in(code)[_LOADED]
+            guard_outside_values(self.tracer, frame, loaded, lambda name: _cell(frame, code, name))
+            self._replace_names(frame.f_globals, loaded)
+
+    def _replace_names(self, scope: dict[str, Any], loaded: set[str]) -> None:
+        """Gives a file's `type` and its functions with a cache other meanings for a while.
+
+        A cache would hand proxies of this trace to later calls.
+        """
+        if "type" in loaded and "type" not in scope:
+            scope["type"] = TypeOfValue
+            self.names.callback(scope.pop, "type", None)
+        for name in loaded:
+            if type(scope.get(name)) is LRU_CACHE:
+                cached = scope[name]
+                scope[name] = _uncached(self.tracer, cached)
+                self.names.callback(scope.__setitem__, name, cached)
 
     def check(self) -> None:
         """Raises `TraceError` for the first change that a graph would not repeat."""
         for watched in self.found:
             if watched.changed():
                 line = _changing_line(watched.code, watched.name, watched.key)
-                what = {"closure": "variable of an outer function",
-                        "container": "variable of an outer function",
-                        "attribute": "attribute"}.get(watched.kind, "global")  # fmt: skip
+                what = {
+                    "closure": "variable of an outer function",
+                    "container": "variable of an outer function",
+                    "attribute": "attribute",
+                    "default": "default argument",
+                }.get(watched.kind, "global")
                 raise TraceError(
                     f"{self.tracer.label} changes the {what} {watched.name!r} at "
                     f"{watched.code.co_filename}:{line}, which a graph does not repeat; return the "
@@ -147,17 +181,10 @@ def is_user_code(filename: str, modules: bool = True) -> bool:
 
 
 def _watched(frame: types.FrameType, code: types.CodeType) -> Iterator[_Watched]:
-    stored = {"STORE_GLOBAL": set(), "STORE_DEREF": set(), "STORE_ATTR": set()}  # type: ignore[var-annotated]
-    loaded: set[str] = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in stored:
-            stored[instruction.opname].add(instruction.argval)
-        elif instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            loaded.add(instruction.argval)
-    scope = frame.f_globals
+    stored, scope = _names_in(code), frame.f_globals
     for name in stored["STORE_GLOBAL"]:
         yield _Watched(name, "global", code, scope, name, scope.get(name))
-    for name in loaded:
+    for name in stored[_LOADED]:
         value = scope.get(name)
         if builtins.isinstance(value, _CONTAINERS) and len(value) < _MOST:
             yield _Watched(name, "global", code, scope, name, value, _copy(value))
@@ -166,6 +193,10 @@ def _watched(frame: types.FrameType, code: types.CodeType) -> Iterator[_Watched]
                 for key in stored["STORE_ATTR"] & set(vars(value)):
                     before = vars(value)[key]
                     yield _Watched(f"{name}.{key}", "attribute", code, value, key, before)
+    for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
+        value = frame.f_locals.get(name)
+        if type(value) in _CONTAINERS and _is_default(code, value):
+            yield _Watched(name, "default", code, None, name, value, _copy(value))
     # A comprehension's free variables are locals of the function around it, or watched there.
     for name in () if code.co_name.startswith("<") else code.co_freevars:
         value = frame.f_locals.get(name)
@@ -175,6 +206,40 @@ def _watched(frame: types.FrameType, code: types.CodeType) -> Iterator[_Watched]
             cell = _cell(frame, code, name)
             if cell is not None:
                 yield _Watched(name, "closure", code, cell, name, value)
+
+
+@functools.lru_cache(4096)
+def _names_in(code: types.CodeType) -> dict[str, set[str]]:
+    """Names that a function stores to, by instruction, and the globals that it loads."""
+    found: dict[str, set[str]] = {
+        "STORE_GLOBAL": set(), "STORE_DEREF": set(), "STORE_ATTR": set(), _LOADED: set()
+    }  # fmt: skip
+    for instruction in dis.get_instructions(code):
+        name = _LOADED if instruction.opname == "LOAD_NAME" else instruction.opname
+        if name in found:
+            found[name].add(instruction.argval)
+    return found
+
+
+def _is_default(code: types.CodeType, value: Any) -> bool:
+    """Whether an argument is a function's default, which all its calls share."""
+    for function in gc.get_referrers(code):
+        if builtins.isinstance(function, types.FunctionType):
+            defaults = (function.__defaults__ or (), (function.__kwdefaults__ or {}).values())
+            if any(default is value for group in defaults for default in group):
+                return True
+    return False
+
+
+def _uncached(tracer: Tracer, cached: Any) -> Any:
+    """Makes calls of a function with a cache nodes, which call it as it is."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if tracer.paused:
+            return cached(*args, **kwargs)
+        return tracer.create("call_function", cached, args, kwargs)
+
+    return call
 
 
 def _cell(frame: types.FrameType, code: types.CodeType, name: str) -> Any:

@@ -24,6 +24,7 @@ from mhc_compile.errors import ExampleInputsError
 from mhc_compile.passes.call_paths import LeafPath, named_leaves
 from mhc_compile.passes.flow import NOOPS, Flow, Op, is_heavy_name
 from mhc_compile.passes.trace_patches import inlined_script_functions
+from mhc_compile.runtime.guards import line_of_hook
 
 Args = tuple[Any, ...]
 Kwargs = Mapping[str, Any]
@@ -35,12 +36,16 @@ CREATORS = frozenset({
 
 @dataclass
 class Call:
-    """One call of a module: which operations made the tensors that went in and came out."""
+    """One call of a module: which operations made the tensors that went in and came out.
+
+    `changed_by` are the lines of its forward hooks that returned something.
+    """
 
     module: nn.Module
     path: tuple[tuple[str, int], ...] = ()
     inputs: dict[LeafPath, int] = field(default_factory=dict)
     outputs: list[int] = field(default_factory=list)
+    changed_by: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -157,7 +162,8 @@ class _Recorder(TorchDispatchMode):
             for path, leaf in named_leaves(type(module).forward, args, kwargs):
                 if isinstance(leaf, Tensor) and (index := self.source_of(leaf)) is not None:
                     record.inputs[path] = index
-            out = call(module, *args, **kwargs)
+            with _noted_results(module, record.changed_by):
+                out = call(module, *args, **kwargs)
             found = [self.source_of(t) for t in tensor_leaves(out)]
             record.outputs = [i for i in found if i is not None]
             return out
@@ -196,6 +202,29 @@ def record_forward(model: nn.Module, args: Args, kwargs: Kwargs) -> Recording:
         }
     flow.finish()
     return Recording(flow, recorder.calls, result, recorder.reduced)
+
+
+@contextlib.contextmanager
+def _noted_results(module: nn.Module, lines: list[str]) -> Iterator[None]:
+    """Notes which forward hooks and pre-hooks of a module return something."""
+
+    def noting(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            result = hook(*args, **kwargs)
+            if result is not None:
+                lines.append(line_of_hook(hook))
+            return result
+
+        return noted
+
+    before = [(hooks, dict(hooks)) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    for hooks, plain in before:
+        hooks.update({key: noting(hook) for key, hook in plain.items()})
+    try:
+        yield
+    finally:
+        for hooks, plain in before:
+            hooks.update({key: hook for key, hook in plain.items() if key in hooks})
 
 
 @contextlib.contextmanager

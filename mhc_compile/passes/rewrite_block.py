@@ -20,6 +20,7 @@ from mhc_compile.passes.per_stream import lift_node, target_name
 from mhc_compile.passes.plan import BlockPlan
 from mhc_compile.passes.trace_block import TracedBlock
 from mhc_compile.runtime.guards import check_value
+from mhc_compile.runtime.reference import maps_like
 from mhc_compile.runtime.streams import apply_post_res, collapse_streams, expand_streams
 
 
@@ -57,11 +58,12 @@ def rewrite_residuals(work: BlockGraph) -> None:
         for node in [*site.link, *site.casts]:
             _lift(work, node)
         skip, operand = work.current(site.skip), work.current(site.operand)
-        reshaped = any(n.meta["value"].shape != site.skip.meta["value"].shape for n in site.casts)
-        if reshaped and any(target_name(n) not in NOOPS for n in site.casts):
-            raise work.refuse(site.add, "the residual is reshaped and scaled on its way to the add")
+        before, after = (n.meta["value"].shape for n in (site.skip, site.operand))
+        split = before[-1] != after[-1]  # the add's channels are a part of the state's
+        if split and any(target_name(n) not in NOOPS for n in site.casts):
+            raise work.refuse(site.add, "the channels are split and scaled on their way to the add")
         readers = [r for r in skip.users if r in site.inside and r not in work.links]
-        source = operand if reshaped else skip
+        source = operand if split else skip
         with graph.inserting_after(_after_inputs(source)):
             read = graph.call_module(f"mhc.{number}", (source,))
         with graph.inserting_after(read):
@@ -70,13 +72,16 @@ def rewrite_residuals(work: BlockGraph) -> None:
             post = graph.call_function(operator.getitem, (read, 1))
         with graph.inserting_after(post):
             res = graph.call_function(operator.getitem, (read, 2))
-        if reshaped:
+        if split:
             h = _shaped_like(graph, h, skip, res)
             if any(r < h for r in readers):
-                raise work.refuse(site.add, "the residual is reshaped behind its sublayer's start")
+                raise work.refuse(site.add, "the channels are split behind the sublayer's start")
         h.meta["value"] = site.skip.meta["value"]
         _give(work, readers, skip, h)
         with graph.inserting_before(site.add):
+            if before != after and not split:
+                post = _reshaped_maps(graph, post, operand, 1)
+                res = _reshaped_maps(graph, res, operand, 2)
             operand, f = _terms(work, site, operand)
             mixed = graph.call_function(apply_post_res, (operand, f, post, res))
         for node in (read, mixed):
@@ -87,6 +92,13 @@ def rewrite_residuals(work: BlockGraph) -> None:
         work.replaced[site.add] = mixed
         work.streams.add(mixed)
         work.last = mixed
+
+
+def _reshaped_maps(graph: fx.Graph, maps: fx.Node, operand: fx.Node, axes: int) -> fx.Node:
+    """Post or res for an add at which the tokens lie in other axes than where they were read."""
+    reshaped = graph.call_function(maps_like, (maps, operand, axes))
+    reshaped.meta["per_stream"] = True
+    return reshaped
 
 
 def _give(work: BlockGraph, readers: list[fx.Node], state: fx.Node, h: fx.Node) -> None:

@@ -43,9 +43,17 @@ def link_streams(
 
 
 def _predecessor(
-    flow: Flow, candidates: dict[int, Candidate], links: dict[int, Candidate], start: int
+    flow: Flow,
+    candidates: dict[int, Candidate],
+    links: dict[int, Candidate],
+    start: int,
+    *,
+    permuted: bool = False,
 ) -> int | None:
-    """The latest candidate from which `start` comes through light operations alone."""
+    """The latest candidate from which `start` comes through light operations alone.
+
+    Its last axis is as long as that of `start`, or, with `permuted`, all its axes together are.
+    """
     seen: set[int] = set()
     reached: list[int] = []
     todo = [start]
@@ -58,11 +66,13 @@ def _predecessor(
             reached.append(at)
         elif not flow.ops[at].heavy:
             todo += flow.ops[at].inputs
-    width = flow.ops[start].shape[-1:]
+    shape = flow.ops[start].shape
     for at in sorted(reached, reverse=True):
         if at == start:
             return at
-        if flow.ops[at].shape[-1:] == width and flow.is_light(at, start):
+        here = flow.ops[at].shape
+        alike = here[-1:] == shape[-1:] or permuted and sorted(here) == sorted(shape)
+        if alike and flow.is_light(at, start):
             if not _joins_another(flow, at, start):
                 return at
     return None
@@ -97,7 +107,7 @@ def _rejoins(
 ) -> bool:
     """Whether a branch is a later state of the very stream that the skip is a state of."""
     for term in candidate.branch:
-        at = _predecessor(flow, candidates, links, term)
+        at = _predecessor(flow, candidates, links, term, permuted=True)
         if at is None or not flow.reads(at, candidate.skip):
             continue
         heavy = 0

@@ -22,6 +22,7 @@ from torch import fx, nn
 from mhc_compile._torch_compat import Source, force_eager, is_internal, no_nested_tensor_fastpath
 from mhc_compile.errors import MHCError, TraceError
 from mhc_compile.passes.call_paths import LeafPath
+from mhc_compile.passes.containers import CONSTANTS
 from mhc_compile.passes.mode_calls import recorded_modes
 from mhc_compile.passes.module_access import ModuleAccess
 from mhc_compile.passes.opaque_calls import (
@@ -33,14 +34,16 @@ from mhc_compile.passes.opaque_calls import (
 from mhc_compile.passes.opened_modules import call_opened
 from mhc_compile.passes.python_effects import PythonEffects
 from mhc_compile.passes.record import patched_module_call
+from mhc_compile.passes.trace_errors import Restart
 from mhc_compile.passes.trace_guards import Guard
 from mhc_compile.passes.trace_inputs import Write, add_inputs, plain
 from mhc_compile.passes.trace_patches import (
     inlined_script_functions,
     patched_factories,
+    patched_grad_mode,
     patched_isinstance,
 )
-from mhc_compile.passes.tracer import CONSTANTS, Restart, Tracer
+from mhc_compile.passes.tracer import Tracer
 from mhc_compile.passes.undo import rehearsed
 from mhc_compile.passes.whole_calls import kept_autograd_functions, kept_checkpoints
 
@@ -174,6 +177,7 @@ def _trace_once(task: _Task, preparation: Preparation) -> TracedBlock:
             effects = stack.enter_context(PythonEffects(tracer))
             out = task.forward(task.block, *args, **kwargs)
             with tracer.pause():
+                _check_failed(tracer)
                 effects.check()
                 access.check_containers(effects.line_of_attribute)
                 changed = containers.changed(out)
@@ -189,6 +193,17 @@ def _trace_once(task: _Task, preparation: Preparation) -> TracedBlock:
     )  # fmt: skip
 
 
+def _check_failed(tracer: Tracer) -> None:
+    """Refuses code that went on behind a call that failed."""
+    if tracer.failed is not None:
+        error = tracer.failed
+        raise TraceError(
+            f"{tracer.label} catches the {type(error).__name__} of a call at "
+            f"{_error_source(error)}, so its control flow depends on what fails, which a graph "
+            "does not repeat; ask for the condition, or move that code into a submodule"
+        ).with_traceback(error.__traceback__)
+
+
 def _patches(
     tracer: Tracer, access: ModuleAccess, preparation: Preparation
 ) -> Iterator[contextlib.AbstractContextManager[Any]]:
@@ -198,6 +213,7 @@ def _patches(
     yield patched_module_call(tracer.call_module)
     yield patched_isinstance()
     yield patched_factories(tracer)
+    yield patched_grad_mode(tracer)
     yield inlined_script_functions()
     yield kept_autograd_functions(tracer)
     yield kept_checkpoints(tracer, preparation.inlined)

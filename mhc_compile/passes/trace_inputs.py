@@ -10,9 +10,9 @@ from typing import Any
 from torch import fx
 
 from mhc_compile.passes.call_paths import LeafPath, is_open, named_leaves, positional_names
-from mhc_compile.passes.containers import children, put, rebuilt, record_fields
+from mhc_compile.passes.containers import CONSTANTS, children, put, rebuilt, record_fields
 from mhc_compile.passes.trace_patches import protected_copy
-from mhc_compile.passes.tracer import CONSTANTS, Tracer
+from mhc_compile.passes.tracer import Tracer
 from mhc_compile.passes.value_proxy import proxies_in
 
 
@@ -37,20 +37,25 @@ class ArgumentContainers:
     def note(self, path: LeafPath, container: Any) -> None:
         """Remembers a container's contents."""
         if type(container) is not tuple:
-            self.found.append((path, container, children(container) or []))
+            self.found.append((path, container, _contents(container)))
 
     def changed(self, result: Any) -> list[tuple[Write, Any]]:
         """The containers that the forward has changed."""
         writes = []
         for path, container, before in self.found:
-            found = children(container)  # an empty list has children too: none
-            now = list(vars(container).items()) if found is None else found
+            now = _contents(container)
             same = len(now) == len(before) and all(
                 a[0] == b[0] and a[1] is b[1] for a, b in zip(now, before, strict=True)
             )
             if not same:
                 writes.append((Write(path, _position_in(result, container)), container))
         return writes
+
+
+def _contents(container: Any) -> list[tuple[str | int, Any]]:
+    """What a container holds; a dataclass object with proxies in it is none to `children`."""
+    found = children(container)
+    return list(vars(container).items()) if found is None else found
 
 
 def _position_in(result: Any, container: Any) -> tuple[int, ...] | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mhc_compile._torch_compat import is_internal
 from mhc_compile.errors import TraceError
-from mhc_compile.passes.value_proxy import ValueProxy, proxies_in
+from mhc_compile.passes.value_proxy import SizeProxy, ValueProxy, proxies_in
 
 
 def protected_copy(value: Any, memo: dict[int, Any], label: str) -> Any:
@@ -61,6 +63,8 @@ def patched_isinstance() -> Iterator[None]:
             if value._mhc_value is None:
                 value._mhc_tracer.inspected = True
             return original(value, kinds) or original(value._mhc_value, kinds)
+        if type(value) is SizeProxy:
+            return original(value, kinds) or original(torch.Size(), kinds)
         return original(value, kinds)
 
     builtins.isinstance = isinstance_of_value  # type: ignore[assignment]
@@ -95,6 +99,50 @@ def patched_factories(tracer: Any) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def patched_grad_mode(tracer: Any) -> Iterator[None]:
+    """Lets a block ask for the mode that it will run in; tracing has gradients off."""
+    original = torch.is_grad_enabled
+
+    def is_grad_enabled() -> Any:
+        if tracer.paused or is_internal(sys._getframe(1).f_code.co_filename):
+            return original()
+        if any(tracer.modes.values()):
+            return original()  # within a context of the block's own
+        return tracer.create("call_function", original, (), {}, tracer.grad_enabled)
+
+    torch.is_grad_enabled = is_grad_enabled
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = original
+
+
+class _TypeOfValue(type):
+    """The builtin `type` for traced code: a proxy has the type of its value."""
+
+    def __call__(cls, *args: Any) -> Any:  # noqa: N805
+        value = args[0]
+        if type(value) is ValueProxy:
+            return type(value._mhc_value)
+        if type(value) is SizeProxy:
+            return torch.Size
+        return type(*args)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return builtins.isinstance(value, type)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is type or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(type)
+
+
+class TypeOfValue(metaclass=_TypeOfValue):
+    """What the name `type` means in the files of traced code."""
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,21 +55,29 @@ class Snapshot:
 @contextlib.contextmanager
 def rehearsed(model: nn.Module) -> Iterator[None]:
     """Runs a module for information only: its state and random numbers are put back afterwards."""
-    snapshot = Snapshot(model)
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
-        try:
-            yield
-        finally:
-            snapshot.restore_run()
+    snapshot, restore_random = Snapshot(model), remember_random_state(model)
+    try:
+        yield
+    finally:
+        snapshot.restore_run()
+        restore_random()
 
 
 def remember_random_state(model: nn.Module) -> Callable[[], None]:
-    """Returns a function that puts the present random state back, so that a run can be repeated."""
-    host = torch.get_rng_state()
+    """Returns a function that puts the present random state back, so that a run can be repeated.
+
+    That is the state of torch, on the CPU and the model's GPUs, of Python and of numpy.
+    """
+    host, numbers = torch.get_rng_state(), random.getstate()
     others = {device: torch.cuda.get_rng_state(device) for device in _cuda_devices(model)}
+    numpy_random: Any = sys.modules.get("numpy.random")
+    arrays = numpy_random.get_state() if numpy_random is not None else None
 
     def restore() -> None:
         torch.set_rng_state(host)
+        random.setstate(numbers)
+        if arrays is not None:
+            numpy_random.set_state(arrays)
         for device, state in others.items():
             torch.cuda.set_rng_state(state, device)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import builtins
 import copy
+import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -84,14 +87,33 @@ class ValueProxy:
     def __setitem__(self, key: Any, value: Any) -> None:
         self._mhc_tracer.create("call_function", operator.setitem, (self, key, value), {})
 
+    def __divmod__(self, other: Any) -> tuple[Any, Any]:
+        return self // other, self % other  # type: ignore[operator]
+
+    def __rdivmod__(self, other: Any) -> tuple[Any, Any]:
+        return other // self, other % self
+
+    def __ceil__(self) -> Any:
+        return self._mhc_tracer.create("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self._mhc_tracer.create("call_function", math.floor, (self,), {})
+
+    def __trunc__(self) -> Any:
+        return self._mhc_tracer.create("call_function", math.trunc, (self,), {})
+
     def __repr__(self) -> str:
-        return f"ValueProxy({self._mhc_node.name})"
+        return repr(self._mhc_tracer.written_out(self))
+
+    def __str__(self) -> str:
+        return str(self._mhc_tracer.written_out(self))
 
     def __format__(self, spec: str) -> str:
-        return format(self._mhc_value, spec)
+        return format(self._mhc_tracer.written_out(self), spec)
 
     def __hash__(self) -> int:
-        return id(self)
+        """A number's own, so that dicts and sets find it; torch hashes tensors by identity."""
+        return hash(self._mhc_tracer.key_of(self))
 
 
 def _operator(
@@ -133,6 +155,21 @@ class Method:
         return self.owner._mhc_tracer.create("call_method", self.name, (self.owner, *args), kwargs)
 
 
+class SizeProxy(tuple):  # type: ignore[type-arg]
+    """A torch.Size of proxies."""
+
+    def numel(self) -> Any:
+        """The product of the sizes."""
+        return functools.reduce(operator.mul, self, 1)
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        return SizeProxy(found) if type(key) is slice else found
+
+    def __repr__(self) -> str:
+        return f"torch.Size({list(self)!r})"
+
+
 def proxies_in(value: Any) -> list[ValueProxy]:
     """The proxies in nested containers and slices."""
     if type(value) is ValueProxy:
@@ -156,6 +193,8 @@ def unwrapped(value: Any) -> Any:
         return type(value)(*(unwrapped(v) for v in value))
     if type(value) in (tuple, list):
         return type(value)(unwrapped(v) for v in value)
+    if type(value) is SizeProxy:
+        return torch.Size(unwrapped(v) for v in value)
     if type(value) is dict:
         return {k: unwrapped(v) for k, v in value.items()}
     if type(value) is slice:

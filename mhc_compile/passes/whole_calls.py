@@ -14,7 +14,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 from mhc_compile.passes.code_swap import code_of, holds_line, swapped_code
-from mhc_compile.passes.tracer import SELF, Restart, Tracer, here
+from mhc_compile.passes.trace_errors import Restart, here
+from mhc_compile.passes.tracer import SELF, Tracer
 from mhc_compile.passes.value_proxy import unwrapped
 
 

@@ -73,7 +73,7 @@ def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
             result = hook(module, args, kwargs)  # type: ignore[call-arg, arg-type]
         else:
             result = hook(module, args)  # type: ignore[call-arg]
-        _refuse_result(module, result)
+        _refuse_result(module, hook, result)
 
 
 def run_forward_hooks(
@@ -85,12 +85,24 @@ def run_forward_hooks(
             result = hook(module, args, kwargs, out)  # type: ignore[call-arg, arg-type]
         else:
             result = hook(module, args, out)
-        _refuse_result(module, result)
+        _refuse_result(module, hook, result)
 
 
-def _refuse_result(module: nn.Module, result: Any) -> None:
+def _refuse_result(module: nn.Module, hook: Callable[..., Any], result: Any) -> None:
     if result is not None:
-        raise TraceError(
-            f"a hook of a {type(module).__name__} returns a value, but mhc_compile has merged that "
-            "module into its block; put the hook on one of its children or on the block"
-        )
+        raise TraceError(hook_message(module, line_of_hook(hook)))
+
+
+def hook_message(module: nn.Module, line: str) -> str:
+    """Why a hook at a line cannot change what a module gets or returns."""
+    return (
+        f"a hook of a {type(module).__name__} returns a value ({line}), but mhc_compile has merged "
+        "that module into its block; put the hook on one of its children or on the block"
+    )
+
+
+def line_of_hook(hook: Callable[..., Any]) -> str:
+    """Where a hook is defined, as "file.py:123"."""
+    inner = hook.func if isinstance(hook, functools.partial) else hook
+    code = getattr(inner, "__code__", None) or getattr(type(inner).__call__, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else f"{inner!r}"

@@ -459,6 +459,24 @@ def expand_streams(x: Tensor, n: int) -> Tensor:
     return x.unsqueeze(-2).repeat(*[1] * (x.dim() - 1), n, 1)
 
 
+def maps_like(maps: Tensor, x: Tensor, axes: int) -> Tensor:
+    """Gives post (one axis) or res (two) the leading axes of the same tokens in another shape.
+
+    Args:
+        maps: `[..., n]` or `[..., n, n]`.
+        x: streams `[..., n, C]` of as many tokens in the same order.
+        axes: how many axes of `maps` do not count tokens.
+
+    Returns:
+        `maps` as a view with x's leading axes.
+
+    Example:
+        >>> maps_like(torch.ones(6, 4), torch.ones(2, 3, 4, 8), 1).shape
+        torch.Size([2, 3, 4])
+    """
+    return maps.reshape(*x.shape[:-2], *maps.shape[maps.dim() - axes :])
+
+
 def stack_parts(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Stacks the parts that a function gave for each stream: `[..., C]` to `[..., n, C]`.
 

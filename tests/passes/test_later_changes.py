@@ -200,6 +200,24 @@ def test_hooks_on_opened_modules_that_change_something_are_refused():
     assert model(**architecture.inputs()).logits.isfinite().all()
 
 
+@torch.no_grad()
+def test_hooks_that_change_something_before_transform_are_listed_and_refused():
+    architecture = ARCHITECTURES["bert"]
+    model = architecture.build()
+    hooks = dict(model.bert.encoder.layer[0].output._forward_hooks)
+    handle = model.bert.encoder.layer[0].output.register_forward_hook(lambda _, args, out: 2 * out)
+    refused = [site for site in mc.find_residuals(model) if not site.accepted]
+    assert {site.module for site in refused} == {"bert.encoder.layer.0"}
+    assert "test_later_changes.py:" in refused[0].reason
+    with pytest.raises(mc.MHCError, match=r"returns a value \(.*test_later_changes.py:\d+\)"):
+        mc.transform(model)
+    before = model(**architecture.inputs()).logits
+    mc.transform(model, strict=False, streams=2)
+    assert (model(**architecture.inputs()).logits - before).abs().max() <= 1e-5
+    handle.remove()
+    assert dict(model.bert.encoder.layer[0].output._forward_hooks) == hooks
+
+
 # --- checkpointing inside a block -----------------------------------------------------------------
 
 

@@ -653,6 +653,70 @@ class ParallelBranches(Model):
         return self.head(loop.collapse("mhc", streams))
 
 
+class PostNormBehindCast(Model):
+    """Post-norm; one sum is made in another precision, so its norm stands behind a cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(self.depth))
+
+    def forward(self, x):
+        for k, f in enumerate(self.f):
+            x = self.norms[k]((x + f(x)).to(x.dtype) if k == self.depth - 1 else x + f(x))
+        return self.head(x)
+
+    def by_hand(self, loop, x):
+        streams = [x] * N
+        for k, f in enumerate(self.f):
+            streams = [self.norms[k](s) for s in loop.step(f"mhc.{k}", streams, f)]
+        return self.head(loop.collapse("mhc", streams))
+
+
+class HandsViewBack(Model):
+    """A module gets a view of the stream and returns it beside its branch; the root adds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = nn.ModuleList(WithInput(f) for f in self.f)
+
+    def forward(self, x):
+        for pair in self.pairs:
+            f, rest = pair(x.flatten(0, 1))
+            x = (f + rest).view_as(x)
+        return self.head(x)
+
+    by_hand = InRoot.by_hand
+
+
+class WithInput(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x), x
+
+
+class ReadInTwoShapes(Model):
+    """The residual is reshaped and scaled; the sublayer reads it before and behind that."""
+
+    def forward(self, x):
+        for f in self.f:
+            gate = x.square().mean(-1).reshape(-1, 1).sigmoid()
+            flat = x.reshape(-1, WIDTH)
+            x = (self.scalar * flat + gate * f(flat)).view_as(x)
+        return self.head(x)
+
+    def by_hand(self, loop, x):
+        def sublayer(h, f):
+            return h.square().mean(-1, keepdim=True).sigmoid() * f(h)
+
+        streams = [x] * N
+        for k, f in enumerate(self.f):
+            streams = loop.step(f"mhc.{k}", streams, lambda h, f=f: sublayer(h, f), self.scalar)
+        return self.head(loop.collapse("mhc", streams))
+
+
 class TwoTowers(Model):
     """Two streams that start from one value."""
 
@@ -771,7 +835,8 @@ PATTERNS = (
     Pattern(AverageOfStates, (3,)), Pattern(ReadTwice, (4,)), Pattern(ScaledByModule, (4,)),
     Pattern(CubicHead, (4,)), Pattern(Joined, (2, 2, 2)), Pattern(Lerps, (2,)), Pattern(Sums, (4,)),
     Pattern(TwoTowers, (2, 2)), Pattern(Decomposed, (4,)), Pattern(ParallelBranches, (3,)),
-    Pattern(Forked, (2, 1, 1)),
+    Pattern(Forked, (2, 1, 1)), Pattern(PostNormBehindCast, (4,)),
+    Pattern(HandsViewBack, (4,)), Pattern(ReadInTwoShapes, (4,)),
 )  # fmt: skip
 by_name = pytest.mark.parametrize("pattern", PATTERNS, ids=[p.model.__name__ for p in PATTERNS])
 
@@ -859,6 +924,17 @@ class ChannelsMoved(Model):
         return x
 
 
+class ReinjectedBetweenTwoAxes(Model):
+    """The embedding is mixed in as [B, T, C], residuals are added as [B, C, T]."""
+
+    def forward(self, x):
+        x0 = x
+        for f in self.f[:3]:
+            y = (0.8 * x + 0.3 * x0).transpose(1, 2)
+            x = (y + f(y.transpose(1, 2)).transpose(1, 2)).transpose(1, 2)
+        return self.head(x)
+
+
 class SkipInProduct(Model):
     def forward(self, x):
         for f in self.f[:3]:
@@ -889,7 +965,8 @@ class PutTogether(Model):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [(Highway, "a gate"), (FusedProduct, "fused matrix product"), (ChannelsFirst, "channel axis"),
-     (ChannelsMoved, "channel axis"), (SkipInProduct, "factor of addcmul"),
+     (ChannelsMoved, "channel axis"), (ReinjectedBetweenTwoAxes, "channel axis"),
+     (SkipInProduct, "factor of addcmul"),
      (SomeTokens, "part of the tokens"), (PutTogether, "cut or joined")],
 )  # fmt: skip
 def test_residuals_without_a_counterpart_are_refused_with_the_reason(kind, text):

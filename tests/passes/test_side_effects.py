@@ -393,6 +393,18 @@ def test_streams_in_containers(model, block):
     assert (rewritten(idx) - original(idx)).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_a_record_that_a_block_only_reads_stays_as_it_is():
+    """It is read again where checkpointing recomputes the block."""
+    model = mc.transform(WithRecord(NewRecord), streams=3, example_inputs=tokens())
+    seen = []
+    for block in model.h:
+        block.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[0].x)))
+    model(tokens())
+    assert len(seen) == 3
+    assert all(state.x is x for state, x in seen)
+
+
 def test_the_garbage_collector_may_run_at_any_time():
     """Its callbacks, such as those of profilers, are no part of the traced code."""
     import gc
