@@ -9,7 +9,7 @@ from mhc_compile.codegen.spec import KernelSpec, Tile
 
 
 def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
-    """The tile of a kernel; `tokens` matters by its order of magnitude alone.
+    """The tile of a kernel; `tokens` may matter by its order of magnitude, today it does not.
 
     Registers decide: more than 4 streams, and rows of channels that do not begin at multiples of
     16 bytes and are loaded number by number, take smaller tiles or more warps for the same tile.
@@ -23,7 +23,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
     if spec.op == "seam_once":
         width = _width(32, spec.channels)
-        return Tile(1 if tokens <= 16 else 2, width, min(32, math.ceil(spec.channels / width)))
+        return Tile(1, width, min(32, math.ceil(spec.channels / width)))
     if spec.op == "project":
         return _project(spec)
     if spec.norm != "none":
@@ -46,7 +46,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "seam_backward":
         return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
     if spec.op == "read_backward":
-        warps = 4 if many else 2 if odd else 1
+        warps = (8 if full else 4) if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
     if spec.op == "mix_backward":
         return strips(2 if many else 4, 256)
