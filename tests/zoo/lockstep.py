@@ -310,7 +310,7 @@ class Plan:
         """What stands between an add and the next skip: in the last block, or norms anywhere."""
         owners, found = {"", *(site.module for site in chain)}, set()
         for before, site in zip(chain, chain[1:], strict=False):
-            links = self._lifted({before.add}, inside, site.skip)
+            links = self._lifted({before.add}, inside, site.path[0])
             modules = [self.nodes[i].modules for i in links]
             here = all(chain[-1].module in ("", *m) for m in modules)
             if here or all(m[-1] not in owners for m in modules):
@@ -318,9 +318,8 @@ class Plan:
         return found - {()}
 
     def _names(self, links):
-        """The functions of a post-norm or the like; nothing if only sizes and casts change."""
-        names = tuple(self.nodes[i].name for i in links)
-        return names if set(names) - SAME_VALUE else ()
+        """The functions of a post-norm or the like; changes of sizes and casts do not count."""
+        return tuple(name for i in links if (name := self.nodes[i].name) not in SAME_VALUE)
 
     def _path(self, site):
         """From the skip back through casts and scales to the value that the branch reads."""
