@@ -131,7 +131,7 @@ class KernelCalls:
         n = self.n
         out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
         square = self.empty(self.tokens)
-        self.run(spec, partial, alpha.contiguous(), bias.contiguous(), *out, square, self.tokens)
+        self.run(spec, partial, *_plain(alpha, bias), *out, square, self.tokens)
         return (*out, square)
 
     def pre(
@@ -156,7 +156,7 @@ class KernelCalls:
         partial = self.empty(spec.tile.parts, self.maps + 1, self.tokens)
         out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
         square = self.empty(self.tokens)
-        self.run(spec, x, f, post, res, phi.contiguous(), alpha.contiguous(), bias.contiguous(),
+        self.run(spec, x, f, post, res, phi.contiguous(), *_plain(alpha, bias),
                  weight, shift, y, h, partial, arrivals(self.device, self.count(spec, "tiles")),
                  *out, square, self.tokens, eps)  # fmt: skip
         return y, h, (*out, square)
@@ -198,7 +198,7 @@ class KernelCalls:
         low = torch.empty_like(high) if spec.products == "split" else None
         scale = self.empty(self.tokens)
         sums = self.empty(self.count(spec, "tiles"), self.maps + 3)
-        self.run(spec, proj, square, alpha.contiguous(), bias.contiguous(), g_pre, g_post, g_res,
+        self.run(spec, proj, square, *_plain(alpha, bias), g_pre, g_post, g_res,
                  high, low, scale, sums, self.tokens)  # fmt: skip
         total = sums.sum(0)
         return (high, low), scale, total[self.maps :], total[: self.maps]
@@ -246,6 +246,11 @@ class KernelCalls:
         shares = self.empty(groups, self.n * self.channels, self.maps)
         self.run(spec, y, *dh, shares, self.tokens, group_tokens(spec, self.tokens))
         return shares.sum(0) if groups > 1 else shares[0]
+
+
+def _plain(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """Gates' parameters as the kernels compute with them, whatever the module was cast to."""
+    return tuple(parameter.float().contiguous() for parameter in parameters)
 
 
 def arrivals(device: torch.device, tiles: int) -> Tensor:

@@ -116,7 +116,7 @@ def test_module_equals_the_cpu(connection):
     results = []
     for device in ("cpu", "cuda"):
         own = copy.deepcopy(module).to(device)
-        leaf = x.to(device).requires_grad_()
+        leaf = x.detach().clone().to(device).requires_grad_()
         h, state = own.pre(leaf)
         y = own.post(leaf, torch.tanh(h), state)
         y.square().sum().backward()
