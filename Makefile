@@ -15,7 +15,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long -k "not test_everything"
 
 # The kernels on a CUDA GPU; BIN=DIR where .venv has a torch for the CPU.
 test-gpu: JOBS ?= 4

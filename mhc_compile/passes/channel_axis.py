@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 from mhc_compile.passes.flow import Candidate, Flow, Op, branch_region
@@ -68,6 +69,12 @@ def _consumed_axis(flow: Flow, op: Op, source: int) -> int | None:
     if name in ("mm", "addmm", "linear"):
         left = op.operands[1] if name == "addmm" else op.operands[0]
         return dims - 1 if left == source else None
+    if op.shape == flow.ops[source].shape and any(
+        (operand is None or flow.ops[operand].fixed)
+        and shape[-1:] == op.shape[-1:] and math.prod(shape) == shape[-1] > 1
+        for operand, shape in zip(op.operands, op.shapes, strict=False)
+    ):  # fmt: skip
+        return dims - 1  # a scale or an offset of each channel, as in an affine norm
     return None
 
 

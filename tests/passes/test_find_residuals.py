@@ -385,3 +385,24 @@ def test_a_deep_model_takes_less_than_two_seconds(name):
         assert len(mc.find_residuals(model, inputs)) == 48
         spent.append(time.process_time() - start - 2 * forward)
     assert min(spent) < 2, spent
+
+
+class TokenMixer(nn.Module):
+    """ResMLP: an affine norm, then a linear over the tokens; only the norm tells the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.offset = (
+            nn.Parameter(torch.ones(WIDTH)),
+            nn.Parameter(torch.ones(1, WIDTH)),
+        )
+        self.tokens, self.channels = nn.Linear(6, 6), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = x + self.tokens((x * self.scale + self.offset).mT).mT
+        return x + self.channels(x)
+
+
+def test_an_affine_norm_tells_the_channel_axis():
+    sites = mc.find_residuals(TokenMixer(), normal(2, 6, WIDTH))
+    assert [site.accepted for site in sites] == [True, True]

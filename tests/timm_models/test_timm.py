@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import timm
@@ -144,18 +143,6 @@ def name_of(entry: Timm) -> str:
     return entry.id or entry.name
 
 
-# What is known to be wrong or refused today; an entry that no longer fails must go.
-OPEN = {
-    "caformer_s18": "the factor on the skip is in a module of its own, so its 4 adds are refused"
-}
-
-
-def marked(entry: Timm) -> Any:
-    wrong = OPEN.get(entry.name)
-    mark = pytest.mark.xfail(strict=True, raises=(AssertionError, mc.MHCError), reason=str(wrong))
-    return pytest.param(entry, id=name_of(entry), marks=[mark] if wrong else [])
-
-
 def build(entry: Timm) -> nn.Module:
     torch.manual_seed(0)
     make = entry.make or partial(timm.create_model, entry.name, pretrained=False)
@@ -176,7 +163,7 @@ def images(entry: Timm, batch: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, 3, entry.size, entry.size, generator=g)
 
 
-@pytest.mark.parametrize("entry", map(marked, MODELS))
+@pytest.mark.parametrize("entry", MODELS, ids=name_of)
 def test_sites(entry: Timm) -> None:
     model = build(entry)
     sites = mc.find_residuals(model, (images(entry, 2),))
@@ -190,7 +177,7 @@ def test_sites(entry: Timm) -> None:
     assert {s.channels for s in sites if s.accepted} <= widths, listing
 
 
-@pytest.mark.parametrize("entry", map(marked, MODELS))
+@pytest.mark.parametrize("entry", MODELS, ids=name_of)
 def test_function_and_gradients(entry: Timm) -> None:
     model, x, more = build(entry), images(entry, 2), images(entry, 3, seed=1)
     with torch.no_grad():
