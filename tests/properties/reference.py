@@ -31,10 +31,13 @@ def open_readings(spec):
     for stack in spec.stacks:
         norms = [site.norm for sites in stack.blocks for site in sites]
         norms *= 2 if stack.repeat else 1
-        # Nothing tells a post-norm behind a single site, or a norm that some skips start from,
-        # from a model's final norm, if the stream ends there.
+        kinds = [site.norm_kind for sites in stack.blocks for site in sites if site.norm == "post"]
+        kinds *= 2 if stack.repeat else 1
+        # Nothing tells a post-norm behind a single site, one of a class that stands nowhere else,
+        # or a norm that some skips start from, from a model's final norm, if the stream ends there.
         between = [norm == "post" or after == "before" for norm, after in pairwise(norms)]
-        unclear = not between or not all(between)
+        lone = bool(kinds) and kinds[-1] not in kinds[:-1]
+        unclear = not between or not all(between) or lone
         trailing = norms[-1] == "post" and (unclear or stack.hook == "halve")
         ends = stack is spec.stacks[-1] and spec.topology in ("single", "encdec", "stages")
         headed = ends and spec.head in ("norm", "logits") and (unclear and any(between))
