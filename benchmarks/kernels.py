@@ -10,16 +10,13 @@ measured in the same run.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from timing import copy_rate, graph_time, need_gpu, relative
+from timing import DTYPES, copy_rate, graph_time, need_gpu, relative, size_parser, write_json
 from torch import Tensor
 
 from mhc_compile import reference
@@ -29,9 +26,7 @@ from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.codegen.traffic import seam_table, traffic
 from mhc_compile.conventions import CONVENTIONS, Convention
-from mhc_compile.errors import MHCError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHECKED = {"bf16": 2e-2, "fp16": 3e-3, "fp32": 2e-4}
 """Largest relative error of a gradient (norms); tests/codegen has the tight bounds."""
 EPS = 1e-6
@@ -172,26 +167,16 @@ def row_of(spec: KernelSpec, tokens: int, time: float, rate: float) -> dict[str,
     flags = [name for name in ("mix", "carry") if getattr(spec, name)]
     name = " ".join([spec.op, *flags, *([spec.norm] * (spec.norm != "none"))])
     row: dict[str, Any] = {"kernel": name, "key": spec.key, "us": time}
-    try:
-        moved = traffic(spec, tokens)
-    except MHCError:  # the kernel for few tokens, whose time is that of launches
-        return row | {"bytes": None, "GB/s": None, "of copy": None}
+    moved = traffic(spec, tokens)
     size = sum(moved.read.values()) + sum(moved.written.values())
     return row | {"bytes": size, "GB/s": size / time / 1e3, "of copy": size / time / rate}
 
 
 def main() -> None:
     """Checks, times, prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=4096, help="channels of one stream, C")
-    parser.add_argument("--streams", type=int, default=4, help="n")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser = size_parser(__doc__)
     parser.add_argument("--convention", choices=tuple(CONVENTIONS), default="paper")
     parser.add_argument("--sets", type=int, default=3, help="rotating sets of inputs")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args()
     device = need_gpu()
     torch.manual_seed(0)
@@ -214,16 +199,11 @@ def main() -> None:
     print(seam_table(kernel_set(
         args.streams, args.hidden, args.dtype, tokens=args.tokens, seam_only=True
     )))  # fmt: skip
-    setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    setting |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    where = f"{setting['gpu']}, torch {setting['torch']}"
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     sizes = f"{args.tokens} tokens, n = {args.streams}, C = {args.hidden}, {args.dtype}"
     print(f"\n{where}, {sizes}, {args.convention}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"setting": setting, "copy_bytes_per_us": rate, "errors": errors,
-                  "kernels": rows, "seam_us": whole}  # fmt: skip
-        args.json.write_text(json.dumps(result, indent=1))
+    write_json(args, {"copy_bytes_per_us": rate, "errors": errors, "kernels": rows,
+                      "seam_us": whole})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,20 +13,26 @@ where a library cannot be captured. Libraries that are not there are listed as s
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from peers import EPS, PEERS, NotInstalledError, Peer
 from tabulate import tabulate
-from timing import copy_rate, graph_time, kernel_time, need_gpu, relative
+from timing import (
+    DTYPES,
+    copy_rate,
+    graph_time,
+    kernel_time,
+    need_gpu,
+    relative,
+    size_parser,
+    write_json,
+)
 from torch import Tensor
 
 from mhc_compile import reference
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BOUNDS = {"bf16": 5e-2, "fp16": 1e-2, "fp32": 1e-2}
 """Largest relative error (norms): tf32 and bf16 maps are within, a wrong transpose far beyond."""
 
@@ -175,15 +181,8 @@ def run_one(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
 
 def main() -> None:
     """Checks, times, prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=4096, help="channels of one stream, C")
-    parser.add_argument("--streams", type=int, default=4, help="n")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser = size_parser(__doc__)
     parser.add_argument("--only", action="append", choices=tuple(PEERS), help="may be repeated")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
     args = parser.parse_args()
     device = need_gpu()
     torch.manual_seed(0)
@@ -209,12 +208,7 @@ def main() -> None:
     print(f"\n1 C at the rate of a copy ({rate / 1e6:.3f} TB/s): {unit / rate:.1f} us. "
           f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.tokens} tokens, "
           f"n = {args.streams}, C = {args.hidden}, {args.dtype}")  # fmt: skip
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        setting |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-        result = {"setting": setting, "copy_bytes_per_us": rate, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1))
+    write_json(args, {"copy_bytes_per_us": rate, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def size_parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that the benchmarks share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=4096, help="channels of one stream, C")
+    parser.add_argument("--streams", type=int, default=4, help="n")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    return parser
+
+
+def write_json(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Writes the arguments, the GPU, torch's version and a result, if --json was given."""
+    if args.json:
+        setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        setting |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"setting": setting} | result, indent=1))
 
 
 def need_gpu() -> torch.device:

@@ -6,6 +6,7 @@ that the values of neighbouring tokens are neighbours in memory.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,16 @@ Pair = tuple[Tensor, Tensor | None]
 """What enters products: high and low parts in bf16, or float32 and None."""
 _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiled(
+    base: KernelSpec, op: str, tokens: int, fields: tuple[tuple[str, Any], ...]
+) -> KernelSpec:
+    """A spec with its tile; kept, since every launch asks for one."""
+    rule = base.rule if op in GATED else Convention("paper")
+    spec = replace(base, op=op, **{"rule": rule, **dict(fields)})
+    return replace(spec, tile=choose_tile(spec, tokens))
 
 
 class KernelCalls:
@@ -50,10 +61,7 @@ class KernelCalls:
 
     def spec(self, op: str, **fields: Any) -> KernelSpec:
         """The kernel of an operation for these streams."""
-        if op not in GATED:
-            fields["rule"] = Convention("paper")
-        spec = replace(self.base, op=op, **fields)
-        return replace(spec, tile=choose_tile(spec, self.tokens))
+        return _tiled(self.base, op, self.tokens, tuple(fields.items()))
 
     def run(self, spec: KernelSpec, *args: Any) -> None:
         """Launches a kernel; None stands for an argument that it does not read."""

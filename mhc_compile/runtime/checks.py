@@ -47,6 +47,28 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int], formula: str) -
         )
 
 
+def check_merge(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> None:
+    """Takes what `apply_post_res` does."""
+    check_streams(x)
+    n = x.shape[-2]
+    check_shape("f", f, (*x.shape[:-2], x.shape[-1]), "[..., C] like x")
+    check_shape("post", post, x.shape[:-1], "x.shape[:-1]")
+    check_shape("res", res, (*x.shape[:-2], n, n), "[..., n, n] like x")
+
+
+def collapse_mode(weight: Tensor | None, mode: str | None) -> str:
+    """The way to collapse streams; the default is "learned" with a weight, else "mean"."""
+    mode = mode or ("mean" if weight is None else "learned")
+    if mode not in ("mean", "sum", "learned"):
+        raise MHCError(f"mode must be one of 'mean', 'sum', 'learned', got {mode!r}")
+    if (weight is not None) != (mode == "learned"):
+        state = "missing" if weight is None else "given"
+        raise MHCError(
+            f"weight goes with mode='learned' and no other: it is {state}, mode={mode!r}"
+        )
+    return mode
+
+
 def check_device(name: str, tensor: Tensor, x: Tensor) -> None:
     """Takes tensors on the device of the streams `x`."""
     if tensor.device != x.device:

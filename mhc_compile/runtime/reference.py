@@ -12,7 +12,14 @@ from torch import Tensor
 
 from mhc_compile.conventions import NORM_EPS_PLACES, Convention, get_convention
 from mhc_compile.errors import MHCError
-from mhc_compile.runtime.checks import check_count, check_float, check_shape, check_streams
+from mhc_compile.runtime.checks import (
+    check_count,
+    check_float,
+    check_merge,
+    check_shape,
+    check_streams,
+    collapse_mode,
+)
 from mhc_compile.runtime.precision import autocast_off, working_dtype
 from mhc_compile.runtime.sinkhorn import sinkhorn_knopp
 
@@ -331,11 +338,7 @@ def apply_post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
         >>> apply_post_res(x, f, torch.tensor([1.0, 0.0]), res).tolist()
         [[12.0], [1.5]]
     """
-    check_streams(x)
-    n = x.shape[-2]
-    check_shape("f", f, (*x.shape[:-2], x.shape[-1]), "[..., C] like x")
-    check_shape("post", post, x.shape[:-1], "x.shape[:-1]")
-    check_shape("res", res, (*x.shape[:-2], n, n), "[..., n, n] like x")
+    check_merge(x, f, post, res)
     dtype = working_dtype(x.dtype)
     with autocast_off(x):
         mixed = res.to(dtype) @ x.to(dtype)
@@ -513,14 +516,7 @@ def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None =
         [2.0]
     """
     check_streams(x)
-    mode = mode or ("mean" if weight is None else "learned")
-    if mode not in ("mean", "sum", "learned"):
-        raise MHCError(f"mode must be one of 'mean', 'sum', 'learned', got {mode!r}")
-    if (weight is not None) != (mode == "learned"):
-        state = "missing" if weight is None else "given"
-        raise MHCError(
-            f"weight goes with mode='learned' and no other: it is {state}, mode={mode!r}"
-        )
+    mode = collapse_mode(weight, mode)
     if weight is None:
         total = x.sum(-2, dtype=working_dtype(x.dtype))
         return (total / x.shape[-2] if mode == "mean" else total).to(x.dtype)

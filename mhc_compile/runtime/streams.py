@@ -15,13 +15,13 @@ from mhc_compile.runtime.checks import (
     check_count,
     check_device,
     check_float,
+    check_merge,
     check_phi,
     check_shape,
     check_streams,
+    collapse_mode,
 )
 from mhc_compile.runtime.precision import working_dtype
-
-COLLAPSE_MODES = ("mean", "sum", "learned")
 
 
 def read_streams(
@@ -75,11 +75,7 @@ def apply_pre(x: Tensor, pre: Tensor) -> Tensor:
 
 def apply_post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """Merges a sublayer's output into the streams, see `reference.apply_post_res`."""
-    check_streams(x)
-    n = x.shape[-2]
-    check_shape("f", f, (*x.shape[:-2], x.shape[-1]), "[..., C] like x")
-    check_shape("post", post, x.shape[:-1], "x.shape[:-1]")
-    check_shape("res", res, (*x.shape[:-2], n, n), "[..., n, n] like x")
+    check_merge(x, f, post, res)
     for name, tensor in (("f", f), ("post", post), ("res", res)):
         check_device(name, tensor, x)
     y: Tensor = torch.ops.mhc.post_res(x, f, post, res)
@@ -99,14 +95,7 @@ def collapse_streams(x: Tensor, weight: Tensor | None = None, mode: str | None =
     """Joins n residual streams, see `reference.collapse_streams`."""
     check_streams(x)
     n = x.shape[-2]
-    mode = mode or ("mean" if weight is None else "learned")
-    if mode not in COLLAPSE_MODES:
-        raise MHCError(f"mode must be one of 'mean', 'sum', 'learned', got {mode!r}")
-    if (weight is not None) != (mode == "learned"):
-        state = "missing" if weight is None else "given"
-        raise MHCError(
-            f"weight goes with mode='learned' and no other: it is {state}, mode={mode!r}"
-        )
+    mode = collapse_mode(weight, mode)
     if weight is None:
         each = 1 / n if mode == "mean" else 1.0
         weight = torch.full((n,), each, dtype=working_dtype(x.dtype), device=x.device)
