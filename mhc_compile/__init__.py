@@ -14,10 +14,11 @@ from mhc_compile.deepseek_v4 import deepseek_v4_config, export_checkpoint, impor
 from mhc_compile.errors import MHCError
 from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.pretrained import load_pretrained, save_pretrained
-from mhc_compile.report import StabilityReport, stability
+from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.runtime.streams import collapse_streams, expand_streams
+from mhc_compile.stability import StabilityReport, stability
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "MHCError",
+    "Report",
     "ResidualSite",
     "StabilityReport",
     "collapse_streams",
@@ -39,6 +41,7 @@ __all__ = [
     "load_pretrained",
     "mhc_parameters",
     "reference",
+    "report",
     "reset_mhc_parameters",
     "revert",
     "save_pretrained",

@@ -5,25 +5,40 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 __all__ = [
     "AUTOCAST_DEVICES",
+    "CustomGraphPass",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
     "Source",
     "TorchDispatchMode",
     "WeakIdKeyDictionary",
     "WeakIdRef",
+    "aot_module",
     "autocast_state",
     "below_autograd",
+    "compile_with_inductor",
     "compiled_module",
+    "custom_pre_pass",
+    "fake_mode_of",
     "force_eager",
+    "hash_of_files",
+    "inductor_decompositions",
+    "inductor_mode_options",
+    "inductor_option_names",
     "is_internal",
+    "log_artifact",
     "no_nested_tensor_fastpath",
     "tensor_leaves",
     "user_frame",
@@ -123,3 +138,87 @@ def tensor_leaves(value: Any) -> list[torch.Tensor]:
         names = type(value).__dataclass_fields__
         return [t for name in names for t in tensor_leaves(getattr(value, name, None))]
     return []
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's settings for a `mode=` of torch.compile."""
+    from torch._inductor import list_mode_options
+
+    settings: dict[str, Any] = {} if mode == "default" else list_mode_options(mode)
+    return settings
+
+
+def inductor_option_names() -> list[str]:
+    """The names of Inductor's settings."""
+    from torch._inductor import list_options
+
+    names: list[str] = list_options()
+    return names
+
+
+def hash_of_files(paths: tuple[str, ...]) -> bytes:
+    """A hash of the contents of source files."""
+    from torch._inductor.custom_graph_pass import get_hash_for_files
+
+    digest: bytes = get_hash_for_files(paths)
+    return digest
+
+
+def fake_mode_of(tensors: Any) -> contextlib.AbstractContextManager[object]:
+    """The mode that fake tensors belong to; a context that does nothing where none is fake."""
+    from torch._guards import detect_fake_mode
+
+    mode: contextlib.AbstractContextManager[object] | None = detect_fake_mode(tensors)
+    return mode or contextlib.nullcontext()
+
+
+def custom_pre_pass() -> Any:
+    """The pass over forward and backward graphs that Inductor's settings name."""
+    from torch._inductor import config
+
+    return config.post_grad_custom_pre_pass
+
+
+def compile_with_inductor(gm: Any, inputs: Any, settings: dict[str, Any]) -> Any:
+    """Runs Inductor on a graph of torch calls, AOTAutograd included."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs, config_patches=settings)
+
+
+def aot_module(gm: Any, inputs: Any, change: Any = None) -> Any:
+    """Runs AOTAutograd on a graph; forward and backward run call by call after `change`."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch.fx.graph import _BoxedCodeGen
+
+    def run(graph_module: Any, _: Any) -> Any:
+        if change is not None:
+            change(graph_module.graph)
+        # Boxed, so that a saved tensor is freed after its last use.
+        graph_module.graph.set_codegen(_BoxedCodeGen())
+        graph_module.recompile()
+
+        def call(args: Any) -> Any:
+            return graph_module.forward(args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    return aot_autograd(
+        fw_compiler=run, bw_compiler=run, partition_fn=min_cut_rematerialization_partition
+    )(gm, inputs)
+
+
+def log_artifact(name: str, text: Callable[[], str]) -> None:
+    """Adds a text to the trace that TORCH_TRACE writes."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
+def inductor_decompositions() -> Any:
+    """The operators that Inductor wants written out as others."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()

@@ -1,161 +1,182 @@
-"""Reports on transformed models."""
+"""The report on a transformed model: what was rewritten, what was compiled, how stable it is."""
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
+from mhc_compile._torch_compat import compiled_module
+from mhc_compile.backend.records import GraphRecord, records_of
 from mhc_compile.errors import NotTransformedError
+from mhc_compile.passes.example_inputs import resolve_inputs
 from mhc_compile.passes.install_blocks import rewritten_blocks
+from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.runtime.modules import HyperConnection
+from mhc_compile.stability import StabilityReport, stability
+
+_SEAM = "project with mix, gates, pre"
+"""The generated kernels of a seam's forward, see docs/kernels.md."""
 
 
 @dataclass(frozen=True)
-class SiteStability:
-    """How one connection, and all connections of its stream up to it, pass signals on.
+class KernelUse:
+    """What the backend did at one place of one compiled graph.
 
-    Gains are norms, taken at the token where they are largest: `forward_gain` is the largest
-    absolute row sum of H_res, `backward_gain` the largest absolute column sum. `composite_*` are
-    those of the product of H_res from the stream's first sublayer to this one. `error` is the
-    largest deviation of a row or column sum from 1. `divergence` tells how far the streams that
-    enter differ: ||x_i - mean|| / ||mean||, root mean square over streams and tokens.
+    Attributes:
+        graph: which of the model's graphs, in the order in which they were compiled.
+        site: the connection, as its module's name in the model.
+        fusion: "seam", "rms norm", "layer norm", "expand" or "merge and collapse".
+        fused: whether it was fused.
+        reason: why not, else "".
+        runs: what runs it.
     """
 
-    name: str
-    stream: int
-    forward_gain: float
-    backward_gain: float
-    error: float
-    composite_forward_gain: float
-    composite_backward_gain: float
-    divergence: float
+    graph: int
+    site: str
+    fusion: str
+    fused: bool
+    reason: str
+    runs: str
 
 
 @dataclass(frozen=True)
-class StabilityReport:
-    """The stability of every connection of a model, in execution order."""
+class Report:
+    """What is known of a transformed model; `str` gives tables.
 
-    sites: tuple[SiteStability, ...]
+    Attributes:
+        sites: the residuals that were rewritten; empty for models that were written with
+            `HyperConnection` modules.
+        kernels: what `backend="mhc"` fused and what not, in each graph compiled so far.
+        graphs: those graphs.
+        stability: of one forward on the example inputs, None without.
+        memory: None: not measured.
+        schedule: None: no pipeline was planned.
+    """
 
-    @property
-    def forward_gain(self) -> float:
-        """The composite forward gain over whole streams, the largest of them."""
-        return max(s.composite_forward_gain for s in self._last())
+    sites: tuple[ResidualSite, ...]
+    kernels: tuple[KernelUse, ...]
+    graphs: tuple[GraphRecord, ...]
+    stability: StabilityReport | None
+    memory: None = None
+    schedule: None = None
 
-    @property
-    def backward_gain(self) -> float:
-        """The composite backward gain over whole streams, the largest of them."""
-        return max(s.composite_backward_gain for s in self._last())
-
-    def _last(self) -> list[SiteStability]:
-        return list({site.stream: site for site in self.sites}.values())
-
-    def to_json(self) -> str:
-        """The report as a JSON object with `sites`, `forward_gain` and `backward_gain`."""
-        return json.dumps({
-            "forward_gain": self.forward_gain, "backward_gain": self.backward_gain,
-            "sites": [asdict(site) for site in self.sites],
-        }, indent=2)  # fmt: skip
+    def sections(self) -> list[tuple[str, list[str], list[list[Any]]]]:
+        """The tables: title, headers and rows."""
+        graphs = [
+            [k, g.device, g.options.lower, g.kernels, sum(g.operators.values()), g.count("seam"),
+             f"{1e3 * sum(g.seconds.values()):.1f}", "; ".join(g.notes)]
+            for k, g in enumerate(self.graphs)
+        ]  # fmt: skip
+        return [
+            ("Residuals rewritten", ["site", "stream", "channels", "source"],
+             [[s.name, s.stream, s.channels, s.source] for s in self.sites]),
+            ('Graphs compiled by backend="mhc"', ["graph", "device", "lower", "operators run by",
+             "operators", "seams", "passes ms", "notes"], graphs),
+            ("Fused", ["graph", "site", "fusion", "run by"],
+             [[k.graph, k.site, k.fusion, k.runs] for k in self.kernels if k.fused]),
+            ("Not fused", ["graph", "site", "fusion", "reason"],
+             [[k.graph, k.site, k.fusion, k.reason] for k in self.kernels if not k.fused]),
+        ]  # fmt: skip
 
     def __str__(self) -> str:
-        headers = ("site", "stream", "forward", "backward", "error", "composite forward",
-                   "composite backward", "divergence")  # fmt: skip
-        rows = [tuple(asdict(site).values()) for site in self.sites]
-        return tabulate(rows, headers=headers, floatfmt=".3g")
+        parts = []
+        for title, headers, rows in self.sections():
+            parts.append(f"{title}: " + (f"\n{tabulate(rows, headers)}" if rows else "none"))
+        parts.append(f"Stability: {self._stability()}")
+        parts.append("Memory: not measured\nSchedule: none planned")
+        return "\n\n".join(parts) + "\n"
+
+    def _stability(self) -> str:
+        return "not measured: no example inputs" if not self.stability else f"\n{self.stability}"
+
+    def to_json(self) -> str:
+        """The report as a JSON object; what was not measured is null."""
+        graphs = [
+            {"options": _plain(asdict(g.options)), "device": g.device, "kernels": g.kernels,
+             "operators": g.operators, "seconds": g.seconds, "notes": g.notes}
+            for g in self.graphs
+        ]  # fmt: skip
+        return json.dumps({
+            "sites": [asdict(site) for site in self.sites], "graphs": graphs,
+            "kernels": [asdict(use) for use in self.kernels],
+            "stability": json.loads(self.stability.to_json()) if self.stability else None,
+            "memory": self.memory, "schedule": self.schedule,
+        }, indent=2)  # fmt: skip
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes the report as one page without scripts."""
+        body = []
+        for title, headers, rows in self.sections():
+            table = tabulate(rows, headers, tablefmt="html") if rows else "<p>none</p>"
+            body.append(f"<h2>{html.escape(title)}</h2>\n{table}")
+        body.append(f"<h2>Stability</h2>\n<pre>{html.escape(self._stability())}</pre>")
+        body.append("<h2>Memory</h2>\n<p>not measured</p>\n<h2>Schedule</h2>\n<p>none planned</p>")
+        style = (
+            "body{font:15px/1.45 sans-serif;margin:2em;color:#222}"
+            "table{border-collapse:collapse}th,td{padding:.25em .8em;text-align:left;"
+            "border-bottom:1px solid #ddd}"
+        )
+        page = (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>mhc_compile report</title><style>{style}</style></head>\n<body>\n"
+            "<h1>mhc_compile report</h1>\n" + "\n".join(body) + "\n</body></html>\n"
+        )
+        Path(path).write_text(page)
 
 
-def stability(model: nn.Module, *inputs: Any, **kwargs: Any) -> StabilityReport:
-    """Measures how the connections of a model pass signals on, on one forward.
-
-    The model runs once in evaluation mode without gradients. With mHC every gain is 1 up to the
-    error that finitely many Sinkhorn iterations leave in the column sums; with HC the composite
-    gains grow with depth.
+def report(model: nn.Module, example_inputs: Any = None) -> Report:
+    """Reports on a transformed model, compiled or not.
 
     Args:
-        model: a transformed model, or one that is built of `HyperConnection` modules.
-        *inputs: positional arguments of its forward.
-        **kwargs: keyword arguments of its forward.
+        model: the model, or what `torch.compile(model, backend="mhc")` returned. The backend's
+            part covers the graphs that were compiled so far: call the model once before.
+        example_inputs: as for `transform`; with them the stability is measured on one forward.
 
     Returns:
-        One entry a connection, in execution order.
+        The report; `print` shows it.
 
     Raises:
-        NotTransformedError: no `HyperConnection` with two streams or more ran.
+        NotTransformedError: the model has no hyper-connections.
+
+    Example:
+        >>> import mhc_compile as mc
+        >>> model = nn.Sequential(mc.HyperConnection(8, mc.MHCConfig(streams=2)))
+        >>> report(model).kernels
+        ()
     """
-    probe = _Probe(model)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), probe:
-            model(*inputs, **kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if not probe.sites:
+    plain = compiled_module(model) or model
+    blocks = rewritten_blocks(plain)
+    if not blocks and not any(isinstance(m, HyperConnection) for m in plain.modules()):
         raise NotTransformedError(
-            f"no hyper-connection with two or more streams ran in {type(model).__name__}; call "
+            f"{type(plain).__name__} has no hyper-connections to report on; call "
             "mhc_compile.transform(model) first"
         )
-    return StabilityReport(tuple(probe.sites))
+    sites = tuple(site for _, rewrite in blocks.values() for site in rewrite.plan.sites)
+    graphs = tuple(record for record in records_of(plain) if record.operators)
+    measured = None
+    if example_inputs is not None:
+        args, kwargs = resolve_inputs(plain, example_inputs)
+        measured = stability(plain, *args, **kwargs)
+    return Report(sites, _uses(graphs), graphs, measured)
 
 
-class _Probe:
-    """Forward hooks on all connections, for the time of a `with` block."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.labels = dict(_labels(model))
-        self.modules = [m for m in model.modules() if isinstance(m, HyperConnection)]
-        self.products: dict[int, Tensor] = {}
-        self.sites: list[SiteStability] = []
-
-    def __enter__(self) -> None:
-        self.handles = [
-            m.register_forward_hook(self._measure) for m in self.modules if m.streams > 1
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _measure(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        name, stream = self.labels[id(module)]
-        x, res = args[0], output[2].double()
-        before = self.products.get(stream)
-        product = res if before is None or before.shape != res.shape else res @ before
-        self.products[stream] = product
-        rows, columns = res.sum(-1), res.sum(-2)
-        self.sites.append(SiteStability(
-            name, stream, _gain(res, -1), _gain(res, -2),
-            max(_largest(rows - 1), _largest(columns - 1)), _gain(product, -1), _gain(product, -2),
-            _divergence(x.double()),
-        ))  # fmt: skip
+def _uses(graphs: tuple[GraphRecord, ...]) -> tuple[KernelUse, ...]:
+    uses = []
+    for number, graph in enumerate(graphs):
+        runs = {
+            "triton": f"Triton: {_SEAM}", "formulas": "Inductor, from its formula",
+            "operators": "torch operators",
+        }[graph.kernels]  # fmt: skip
+        uses += [KernelUse(number, f.site, f.kind, True, "", runs) for f in graph.fused]
+        uses += [KernelUse(number, f.site, f.kind, False, f.reason, "") for f in graph.not_fused]
+    return tuple(uses)
 
 
-def _labels(model: nn.Module) -> Iterator[tuple[int, tuple[str, int]]]:
-    for name, module in model.named_modules():
-        if isinstance(module, HyperConnection):
-            yield id(module), (name, 0)
-    for block, rewrite in rewritten_blocks(model).values():
-        for number, site in enumerate(rewrite.plan.sites if rewrite.config.streams > 1 else ()):
-            connection = block.get_submodule(f"mhc.{number}")
-            yield id(connection), (site.name, site.stream)
-
-
-def _gain(matrix: Tensor, dim: int) -> float:
-    return _largest(matrix.abs().sum(dim))
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
-
-
-def _divergence(x: Tensor) -> float:
-    mean = x.mean(-2, keepdim=True)
-    spread = (x - mean).square().mean() / mean.square().mean().clamp_min(1e-300)
-    return float(spread.sqrt())
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value, default=str))

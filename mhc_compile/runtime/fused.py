@@ -9,7 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from mhc_compile.conventions import Convention
-from mhc_compile.runtime.fused_gates import apply_gates, norm_divisor
+from mhc_compile.runtime.fused_gates import (
+    apply_gates,
+    apply_gates_backward,
+    divisor_of,
+    norm_divisor,
+)
 from mhc_compile.runtime.fused_norm import make_norm
 from mhc_compile.runtime.fused_steps import (
     NO_NORM,
@@ -25,6 +30,7 @@ from mhc_compile.runtime.fused_steps import (
     project,
     streams_gradient,
 )
+from mhc_compile.runtime.op_shapes import streams_of
 
 
 def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Tensors:
@@ -53,6 +59,44 @@ def coefficients_backward(
     """Gradients by `(x, phi, alpha, bias)`."""
     source = Source(x, phi, alpha, bias, proj, square, rule, need_phi)
     return streams_gradient(source, g_pre, g_post, g_res)
+
+
+def maps(
+    proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, width: int, rule: str
+) -> Tensors:
+    """Eq. (15)-(19) from `proj: [K, T]` and `square: [T]`: `(pre, post, res)`.
+
+    `width` is n*C, the number of squares that were summed.
+    """
+    convention = Convention.from_key(rule)
+    divisor = divisor_of(square, width, convention)
+    return apply_gates(proj, divisor.value, alpha, bias, streams_of(proj.shape[0]), convention)
+
+
+def maps_backward(
+    g_pre: Tensor | None,
+    g_post: Tensor | None,
+    g_res: Tensor | None,
+    proj: Tensor,
+    square: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    width: int,
+    rule: str,
+) -> Tensors:
+    """Gradients by `(proj, square, alpha, bias)`."""
+    convention = Convention.from_key(rule)
+    divisor = divisor_of(square, width, convention)
+    g_proj, g_divisor, g_alpha, g_bias = apply_gates_backward(
+        g_pre, g_post, g_res, proj, divisor.value, alpha, bias, streams_of(proj.shape[0]),
+        convention,
+    )  # fmt: skip
+    return (
+        g_proj,
+        g_divisor * divisor.slope / 2,
+        g_alpha.to(alpha.dtype),
+        g_bias.to(bias.dtype),
+    )
 
 
 def pre(x: Tensor, pre: Tensor) -> Tensor:

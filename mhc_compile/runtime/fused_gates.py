@@ -32,13 +32,18 @@ class Normed(NamedTuple):
 
 def norm_divisor(x: Tensor, square: Tensor, rule: Convention) -> Divisor:
     """Computes the norm divisor of the streams `x: [T, n, C]` from their sums of squares."""
-    width = x.shape[1] * x.shape[2]
+    # Elsewhere the question whether to mend would stop the device's queue.
+    return divisor_of(square, x.shape[1] * x.shape[2], rule, x if x.device.type == "cpu" else None)
+
+
+def divisor_of(square: Tensor, width: int, rule: Convention, x: Tensor | None = None) -> Divisor:
+    """Computes the norm divisor from sums of `width` squares; sums that overflowed need x."""
     inside = rule.norm_eps_place == "inside"
     mean = square / width + (rule.norm_eps if inside else 0.0)
     zero = mean == 0
     # A root of 0 becomes 1: the divisor of a token of zeros without eps, whose gradient is 0.
     root = torch.where(zero, 1.0, mean.sqrt())
-    if x.device.type == "cpu":  # elsewhere the question would stop the device's queue
+    if x is not None:
         root = _mend_overflow(root, x)
     value = root if inside else torch.where(zero, rule.norm_eps or 1.0, root + rule.norm_eps)
     return Divisor(value, 1 / (width * root))

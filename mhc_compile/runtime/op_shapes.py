@@ -41,6 +41,34 @@ def coefficients_backward(
     return _like(x), _like(phi, need_phi), _like(alpha), _like(bias)
 
 
+def maps(
+    proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, width: int, rule: str
+) -> Tensors:
+    """Pre and post `[T, n]`, res `[T, n, n]`."""
+    n, tokens = streams_of(proj.shape[0]), proj.shape[1]
+    return tuple(proj.new_empty(shape) for shape in ((tokens, n), (tokens, n), (tokens, n, n)))
+
+
+def maps_backward(
+    g_pre: Tensor | None,
+    g_post: Tensor | None,
+    g_res: Tensor | None,
+    proj: Tensor,
+    square: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    width: int,
+    rule: str,
+) -> Tensors:
+    """Like proj, square, alpha, bias."""
+    return _like(proj), _like(square), _like(alpha), _like(bias)
+
+
+def streams_of(maps: int) -> int:
+    """The number of streams n of which there are `n*n + 2*n` maps."""
+    return math.isqrt(int(maps) + 1) - 1
+
+
 def pre(x: Tensor, pre: Tensor) -> Tensor:
     """`[..., C]` in x's dtype."""
     return x.new_empty((*x.shape[:-2], x.shape[-1]))

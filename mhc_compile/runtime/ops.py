@@ -36,6 +36,10 @@ SCHEMAS = {
     "coefficients": f"(Tensor x, {_PROJECTION}, str rule) -> ({_GATES})",
     "coefficients_backward": f"({_G_GATES}, Tensor x, {_PROJECTION}, Tensor proj, Tensor square, "
     f"str rule, bool need_phi=True) -> (Tensor g_x, {_G_PROJECTION})",
+    "maps": "(Tensor proj, Tensor square, Tensor alpha, Tensor bias, SymInt width, str rule) -> "
+    "(Tensor pre, Tensor post, Tensor res)",
+    "maps_backward": f"({_G_GATES}, Tensor proj, Tensor square, Tensor alpha, Tensor bias, "
+    "SymInt width, str rule) -> (Tensor g_proj, Tensor g_square, Tensor g_alpha, Tensor g_bias)",
     "pre": "(Tensor x, Tensor pre) -> Tensor",
     "pre_backward": "(Tensor g_h, Tensor x, Tensor pre) -> (Tensor g_x, Tensor g_pre)",
     "post_res": f"({_STREAMS}) -> Tensor",
@@ -56,7 +60,12 @@ SCHEMAS = {
     "collapse": "(Tensor x, Tensor weight) -> Tensor",
     "collapse_backward": "(Tensor g_h, Tensor? x, Tensor weight) -> (Tensor g_x, Tensor g_weight)",
 }
-"""The operators by name. Each is implemented in `fused`, and for CUDA in `codegen.launch`."""
+"""The operators by name. Each is implemented in `fused`, and for CUDA in `codegen.launch`.
+
+`maps` and `maps_backward` are the part of `coefficients` between the products and the maps, for
+graphs in which the rest was written out (`mhc_compile.backend.formulas`).
+"""
+_TORCH_ONLY = ("maps", "maps_backward")
 
 
 @lru_cache(maxsize=1)
@@ -80,7 +89,7 @@ def _run(name: str, *args: Any) -> Any:
     """
     first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
     with autocast_off(first), below_autograd():
-        if first.is_cuda:
+        if first.is_cuda and name not in _TORCH_ONLY:
             kernels = _kernels()
             if kernels is not None and kernels.supports(first):
                 return getattr(kernels, name)(*args)
@@ -103,6 +112,16 @@ def _coefficients_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | No
     need_phi = ctx.needs_input_grad[1]
     back = torch.ops.mhc.coefficients_backward(*grads[:3], *ctx.saved_tensors, ctx.rule, need_phi)
     return _needed(ctx, *back, None)
+
+
+def _keep_maps(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.width, ctx.rule = inputs
+    _keep(ctx, *tensors)
+
+
+def _maps_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    back = torch.ops.mhc.maps_backward(*grads, *ctx.saved_tensors, ctx.width, ctx.rule)
+    return _needed(ctx, *back, None, None)
 
 
 def _keep_pre(ctx: Any, inputs: Any, output: Any) -> None:
@@ -186,6 +205,7 @@ def _refuse(name: str, ctx: Any, *grads: Tensor | None) -> None:
 
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "coefficients": (_coefficients_backward, _keep_coefficients),
+    "maps": (_maps_backward, _keep_maps),
     "pre": (_pre_backward, _keep_pre),
     "post_res": (_post_res_backward, _keep_pre),
     "read": (_read_backward, _keep_read),

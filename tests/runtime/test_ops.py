@@ -316,7 +316,10 @@ def sample_inputs(n=3, dtype=F64):
     res = torch.rand(2, 2, n, n, dtype=dtype, requires_grad=True)
     weight, shift = (torch.randn(3, dtype=dtype, requires_grad=True) for _ in range(2))
     merge = (p["x"], p["f"], post, res)
+    proj = torch.randn(n * n + 2 * n, 4, dtype=dtype, requires_grad=True)
+    square = torch.rand(4, dtype=dtype, requires_grad=True)
     return {
+        "maps": (proj, square, p["alpha"], p["bias"], 3 * n, PAPER),
         "coefficients": (p["x"], *projection, PAPER),
         "pre": (p["x"], post),
         "post_res": merge,

@@ -1,0 +1,168 @@
+"""What the passes ask of a graph that torch.compile captured: torch calls before autograd."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from mhc_compile._torch_compat import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+HOISTED = ("add", "mul", "float", "to")
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
+    operator.ipow, operator.imatmul, operator.ifloordiv, operator.imod, operator.iand,
+    operator.ior, operator.ixor,
+}  # fmt: skip
+
+
+def mhc_op(node: Any) -> str | None:
+    """The name of the mhc operator that a node calls, such as "read"; else None."""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return None
+    target = node.target
+    if isinstance(target, OpOverload):
+        target = target.overloadpacket
+    name = getattr(target, "_qualified_op_name", "")
+    return name.removeprefix("mhc::") if name.startswith("mhc::") else None
+
+
+def arguments(node: Node) -> list[Any]:
+    """All arguments of a call of an mhc operator, in the order of its schema."""
+    packet = getattr(torch.ops.mhc, str(mhc_op(node)))
+    declared = packet.default._schema.arguments
+    args = list(node.args)
+    for argument in declared[len(args) :]:
+        args.append(node.kwargs.get(argument.name, argument.default_value))
+    return args
+
+
+def call_name(node: Node) -> str:
+    """The name of the function or method of a call: "add" for torch.add, x.add and +."""
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def value_of(node: Any) -> Tensor | None:
+    """The fake tensor that a node computes."""
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of what a node computes."""
+    value = value_of(node)
+    return None if value is None else value.dtype
+
+
+def site_of(node: Node) -> str:
+    """The name of the innermost module that a call was made in, as the model names it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(next(reversed(stack.values()))[0]) if stack else node.name
+    path = re.sub(r"getattr\((.+), '(\w+)'\)", r"\1.\2", path)
+    path = re.sub(r"\['?(\w+)'?\]", r".\1", path)
+    return path.removeprefix("L.self.").removeprefix("L.self") or path
+
+
+def results(node: Node) -> dict[int, list[Node]] | None:
+    """The nodes that take each result of a call with several; None if it is used otherwise."""
+    taken: dict[int, list[Node]] = {}
+    for user in node.users:
+        if user.op != "call_function" or user.target is not operator.getitem:
+            return None
+        index = user.args[1]
+        if not isinstance(index, int):
+            return None
+        taken.setdefault(index, []).append(user)
+    return taken
+
+
+def graphs(module: GraphModule) -> Iterator[Graph]:
+    """The graph, and those of the bodies of its checkpoints and branches."""
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            yield part.graph
+
+
+class Order:
+    """Positions in a graph, and what happens between them; stale once the graph has changed."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = list(graph.nodes)
+        self.place = {node: place for place, node in enumerate(self.nodes)}
+        self.region: dict[Node, int] = {}
+        region = 0
+        for node in self.nodes:
+            region += _changes_grad_mode(node)
+            self.region[node] = region
+
+    def same_grad_mode(self, *nodes: Node) -> bool:
+        """Whether no change of grad mode lies between the nodes."""
+        return len({self.region[node] for node in nodes}) == 1
+
+    def written_between(self, value: Node, last: Node) -> bool:
+        """Whether `value`, or what may share its memory, is changed in place before `last`."""
+        reached = {value}
+        for node in self.nodes[self.place[value] + 1 : self.place[last]]:
+            if not any(source in reached for source in node.all_input_nodes):
+                continue
+            if _writes(node):
+                return True
+            reached.add(node)
+        return False
+
+    def can_stand_before(self, node: Any, anchor: Node) -> bool:
+        """Whether a node's value is there at `anchor`, or can be computed there."""
+        if not isinstance(node, Node) or self.place[node] < self.place[anchor]:
+            return True
+        if call_name(node) not in HOISTED or node.op not in ("call_function", "call_method"):
+            return False
+        return all(self.can_stand_before(source, anchor) for source in node.all_input_nodes)
+
+    def move_before(self, node: Any, anchor: Node) -> None:
+        """Moves a node, and what it needs, as `can_stand_before` allows."""
+        if not isinstance(node, Node) or self.place[node] < self.place[anchor]:
+            return
+        for source in node.all_input_nodes:
+            self.move_before(source, anchor)
+        anchor.prepend(node)
+
+
+def _changes_grad_mode(node: Node) -> bool:
+    name = call_name(node)
+    return "grad_enabled" in name or "inference_mode" in name
+
+
+def _writes(node: Node) -> bool:
+    """Whether a call may change one of its arguments in place."""
+    if node.op == "call_module":
+        return True
+    target, name = node.target, call_name(node)
+    if target in _IN_PLACE or node.kwargs.get("out") is not None:
+        return True
+    if name.startswith("__i") or (name.endswith("_") and not name.endswith("__")):
+        return name not in ("__index__", "__invert__")
+    if isinstance(target, HigherOrderOperator):
+        return True
+    if isinstance(target, OpOverloadPacket):
+        return any(getattr(target, o)._schema.is_mutable for o in target.overloads())
+    if isinstance(target, OpOverload):
+        return target._schema.is_mutable
+    return _asks_in_place(node)
+
+
+def _asks_in_place(node: Node) -> bool:
+    if node.op != "call_function" or "inplace" in node.kwargs:
+        return bool(node.kwargs.get("inplace"))
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return bool(bound.arguments.get("inplace"))

@@ -1,0 +1,114 @@
+"""Writes the operators of mhc out as their formulas, in a graph of ATen calls after autograd."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mhc_compile._torch_compat import (
+    CustomGraphPass,
+    fake_mode_of,
+    hash_of_files,
+    inductor_decompositions,
+)
+from mhc_compile.backend import formulas
+from mhc_compile.backend.graph_nodes import arguments, mhc_op
+
+KEPT = ("maps", "maps_backward")
+"""The operators that stay as they are."""
+_HERE = Path(__file__).parent
+
+
+class LowerOperators(CustomGraphPass):
+    """The pass as Inductor runs it, with an identity for Inductor's caches."""
+
+    def __init__(self, before: Any = None) -> None:
+        self.before = before
+
+    def __call__(self, graph: Graph) -> None:
+        """Lowers every operator of a forward or backward graph, in place."""
+        if self.before is not None:
+            self.before(graph)
+        lower_operators(graph, inductor_decompositions())
+
+    def uuid(self) -> Any:
+        """Changes with the formulas, and with the pass that runs before."""
+        others = None if self.before is None else self.before.uuid()
+        sources = ("lower_operators.py", "formulas.py", "graph_nodes.py")
+        return hash_of_files(tuple(str(_HERE / name) for name in sources)), others
+
+
+def lower_operators(graph: Graph, decompositions: Any = None) -> None:
+    """Replaces each call of an mhc operator by the calls of its formula.
+
+    Equal calls, as those of the blocks of a model, are traced once. `decompositions` tells which
+    ATen operators are written out further.
+    """
+    traced: dict[Hashable, GraphModule] = {}
+    for node in list(graph.nodes):
+        name = mhc_op(node)
+        if name is None or name in KEPT:
+            continue
+        args = arguments(node)
+        key = name, tuple(_key_of(arg) for arg in args)
+        if key not in traced:
+            traced[key] = _trace(getattr(formulas, name), args, decompositions)
+        _inline(graph, node, traced[key], args)
+
+
+def _trace(formula: Callable[..., Any], args: list[Any], decompositions: Any) -> GraphModule:
+    """The formula's ATen calls on the tensors and sizes among the arguments."""
+    places = [k for k, arg in enumerate(args) if isinstance(arg, Node)]
+    values = [args[k].meta["val"] for k in places]
+
+    def call(*given: Any) -> tuple[Any, ...]:
+        whole = list(args)
+        for place, value in zip(places, given, strict=True):
+            whole[place] = value
+        out = formula(*whole)
+        return out if isinstance(out, tuple) else (out,)
+
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    with fake_mode_of(tensors), torch.no_grad():
+        return make_fx(call, decomposition_table=decompositions)(*values)
+
+
+def _inline(graph: Graph, node: Node, body: GraphModule, args: list[Any]) -> None:
+    given = iter([arg for arg in args if isinstance(arg, Node)])
+    copies: dict[Node, Any] = {}
+    outputs: tuple[Any, ...] = ()
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = next(given)
+            elif inner.op == "output":
+                outputs = tuple(copies[out] for out in inner.args[0])
+            else:
+                copies[inner] = graph.node_copy(inner, copies.__getitem__)
+                for name in ("stack_trace", "nn_module_stack", "custom"):
+                    if name in node.meta:
+                        copies[inner].meta[name] = node.meta[name]
+    if isinstance(node.meta.get("val"), Tensor):
+        node.replace_all_uses_with(outputs[0])
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(outputs[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _key_of(arg: Any) -> Hashable:
+    """What tracing depends on."""
+    value = arg.meta["val"] if isinstance(arg, Node) else arg
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return value.dtype, value.device, tuple(map(str, sizes)), value.dim()
+    return type(arg).__name__, str(value)
