@@ -7,7 +7,7 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from mhc_compile.backend.graph_nodes import Order, arguments, mhc_op, results, site_of
+from mhc_compile.backend.graph_nodes import Order, arguments, call_name, mhc_op, results, site_of
 from mhc_compile.backend.records import Fused, GraphRecord, NotFused
 
 
@@ -75,4 +75,4 @@ def _what_precedes(y: object) -> str:
     source = y.args[0] if y.args and isinstance(y.args[0], Node) else None
     if mhc_op(source) == "seam":
         return "another sublayer that reads the same streams has the seam"
-    return f"between the sublayers the streams go through {y.target}"
+    return f"between the sublayers the streams go through {call_name(y) or y.target}"

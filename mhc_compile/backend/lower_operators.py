@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,18 @@ _HERE = Path(__file__).parent
 class LowerOperators(CustomGraphPass):
     """The pass as Inductor runs it, with an identity for Inductor's caches."""
 
-    def __init__(self, before: Any = None) -> None:
+    def __init__(self, before: Any = None, seconds: dict[str, float] | None = None) -> None:
         self.before = before
+        self.seconds = {} if seconds is None else seconds
 
     def __call__(self, graph: Graph) -> None:
         """Lowers every operator of a forward or backward graph, in place."""
         if self.before is not None:
             self.before(graph)
+        start = time.perf_counter()
         lower_operators(graph, inductor_decompositions())
+        taken = time.perf_counter() - start
+        self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
 
     def uuid(self) -> Any:
         """Changes with the formulas, and with the pass that runs before."""

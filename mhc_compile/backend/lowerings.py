@@ -54,7 +54,7 @@ def compile_with(
     config = options.inductor_config()
     if written_out:
         before = config.get("post_grad_custom_pre_pass", custom_pre_pass())
-        config["post_grad_custom_pre_pass"] = LowerOperators(before)
+        config["post_grad_custom_pre_pass"] = LowerOperators(before, record.seconds)
     return compile_with_inductor(gm, inputs, config)
 
 

@@ -32,8 +32,7 @@ def match_norm(h: Node) -> NormMatch | str:
     if only is not None and call_name(only) in ("layer_norm", "rms_norm"):
         found = _match_call(h, only)
     else:
-        root = only if only is not None and call_name(only) in _CASTS else h
-        found = _match_written_out(h, root)
+        found = _match_written_out(h)
     if found is None:
         return "no norm that the kernels know follows, or what it reads is read elsewhere too"
     if dtype_of(found.result) != dtype_of(h):
@@ -58,9 +57,12 @@ def _match_call(h: Node, call: Node) -> NormMatch | None:
     return NormMatch(kind, given.get("weight"), given.get("bias"), eps, call)
 
 
-def _match_written_out(h: Node, root: Node) -> NormMatch | None:
-    """Root / sqrt(mean(root^2) + eps), then casts and a product with a weight."""
-    square = next((user for user in root.users if _is_square(user, root)), None)
+def _match_written_out(h: Node) -> NormMatch | None:
+    """h / sqrt(mean(h^2) + eps), then casts and a product with a weight; h may be cast before."""
+    casts = [user for user in _readers(h) if call_name(user) in _CASTS and user.args[0] is h]
+    forms = {h, *casts}
+    readers = {user for form in forms for user in _readers(form)} - set(casts)
+    square = next((user for user in readers if _is_square(user, forms)), None)
     mean = _only_user(square)
     if mean is None or call_name(mean) != "mean" or not _over_last(mean, h):
         return None
@@ -73,12 +75,15 @@ def _match_written_out(h: Node, root: Node) -> NormMatch | None:
     if inverse is None or name not in ("rsqrt", "sqrt"):
         return None
     normed = _only_user(inverse)
-    if normed is None or set(_readers(root)) != {square, normed}:
+    if normed is None or readers != {square, normed}:
         return None
-    operation, pair = call_name(normed), (root, inverse)
-    product = operation == "mul" and name == "rsqrt" and set(normed.args[:2]) == set(pair)
-    quotient = operation in ("div", "truediv") and name == "sqrt" and normed.args[:2] == pair
-    if not product and not quotient:
+    first, second = normed.args[:2]
+    if call_name(normed) == "mul" and name == "rsqrt":
+        scaled = first in forms if second is inverse else second in forms
+    else:
+        quotient = call_name(normed) in ("div", "truediv") and name == "sqrt"
+        scaled = quotient and first in forms and second is inverse
+    if not scaled:
         return None
     weight, result = _weighted(normed, h)
     return NormMatch("rms", weight, None, eps, result)
@@ -119,13 +124,13 @@ def _readers(node: Node) -> list[Node]:
     return [u for u in node.users if not (call_name(u) == "type_as" and u.args[0] is not node)]
 
 
-def _is_square(node: Node, root: Node) -> bool:
+def _is_square(node: Node, forms: set[Node]) -> bool:
     name, args = call_name(node), node.args
     if name == "pow":
-        return args[0] is root and len(args) == 2 and bool(args[1] == 2)
+        return args[0] in forms and len(args) == 2 and bool(args[1] == 2)
     if name == "square":
-        return args[0] is root
-    return name == "mul" and args[:2] == (root, root)
+        return args[0] in forms
+    return name == "mul" and args[0] in forms and args[1] in forms
 
 
 def _over_last(mean: Node, h: Node) -> bool:

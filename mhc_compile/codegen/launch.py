@@ -16,9 +16,10 @@ FEW_TOKENS = 16
 """Up to here, as in decoding, a seam is one launch; on an H100 three launches win beyond."""
 
 
-def supports(tensor: Tensor) -> bool:
-    """Whether there are kernels for what has this device and dtype."""
-    return tensor.is_cuda and tensor.dtype in NAMES
+def supports(first: Tensor, streams: Tensor | None) -> bool:
+    """Whether there are kernels for the device and dtype of a tensor and the number of streams."""
+    few = streams is None or streams.dim() < 2 or streams.shape[-2] <= MAX_STREAMS
+    return first.is_cuda and first.dtype in NAMES and few
 
 
 def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Results:

@@ -195,7 +195,7 @@ def _watched(frame: types.FrameType, code: types.CodeType) -> Iterator[_Watched]
                     yield _Watched(f"{name}.{key}", "attribute", code, value, key, before)
     for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
         value = frame.f_locals.get(name)
-        if type(value) in _CONTAINERS and _is_default(code, value):
+        if type(value) in _CONTAINERS and _is_default(frame, value):
             yield _Watched(name, "default", code, None, name, value, _copy(value))
     # A comprehension's free variables are locals of the function around it, or watched there.
     for name in () if code.co_name.startswith("<") else code.co_freevars:
@@ -221,14 +221,25 @@ def _names_in(code: types.CodeType) -> dict[str, set[str]]:
     return found
 
 
-def _is_default(code: types.CodeType, value: Any) -> bool:
+def _is_default(frame: types.FrameType, value: Any) -> bool:
     """Whether an argument is a function's default, which all its calls share."""
-    for function in gc.get_referrers(code):
-        if builtins.isinstance(function, types.FunctionType):
-            defaults = (function.__defaults__ or (), (function.__kwdefaults__ or {}).values())
-            if any(default is value for group in defaults for default in group):
-                return True
+    for function in _functions_of(frame):
+        defaults = (function.__defaults__ or (), (function.__kwdefaults__ or {}).values())
+        if any(default is value for group in defaults for default in group):
+            return True
     return False
+
+
+def _functions_of(frame: types.FrameType) -> list[types.FunctionType]:
+    """The function that runs in a frame, or all that share its code if none has its name."""
+    code = frame.f_code
+    scope, _, attribute = code.co_qualname.rpartition(".")
+    holder = frame.f_globals.get(scope or attribute)
+    named = vars(holder).get(attribute) if scope and hasattr(holder, "__dict__") else holder
+    if builtins.isinstance(named, types.FunctionType) and named.__code__ is code:
+        return [named]
+    referrers = gc.get_referrers(code)  # looks at every object there is
+    return [f for f in referrers if builtins.isinstance(f, types.FunctionType)]
 
 
 def _uncached(tracer: Tracer, cached: Any) -> Any:

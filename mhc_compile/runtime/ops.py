@@ -66,6 +66,12 @@ SCHEMAS = {
 graphs in which the rest was written out (`mhc_compile.backend.formulas`).
 """
 _TORCH_ONLY = ("maps", "maps_backward")
+_STREAMS_AT = {
+    name: [part.split()[-1] for part in schema[1:].split(")")[0].split(", ")].index("x")
+    for name, schema in SCHEMAS.items()
+    if name not in (*_TORCH_ONLY, "expand", "expand_backward")
+}
+"""Where the streams `[..., n, C]` stand among an operator's arguments."""
 
 
 @lru_cache(maxsize=1)
@@ -91,7 +97,9 @@ def _run(name: str, *args: Any) -> Any:
     with autocast_off(first), below_autograd():
         if first.is_cuda and name not in _TORCH_ONLY:
             kernels = _kernels()
-            if kernels is not None and kernels.supports(first):
+            place = _STREAMS_AT.get(name)
+            streams = None if place is None else args[place]
+            if kernels is not None and kernels.supports(first, streams):
                 return getattr(kernels, name)(*args)
         return getattr(fused, name)(*args)
 

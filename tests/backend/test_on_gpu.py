@@ -51,11 +51,13 @@ def results(model, call, x):
 
 
 def compare(call, model, x, dtype):
-    """Against the eager model in float64, whose operators are torch code."""
+    """Against float64, whose operators are torch code; bf16 may be as far off as eager is."""
     exact = copy.deepcopy(model).double()
-    for got, want in zip(results(model, call, x), results(exact, exact, x.double()), strict=True):
-        limit = 1e-4 if dtype == torch.float32 else 4e-2
-        assert (got - want).norm() <= limit * want.norm()
+    wanted = results(exact, exact, x.double())
+    eager = results(model, model, x)
+    share = 1e-4 if dtype == torch.float32 else 2e-2
+    for got, want, near in zip(results(model, call, x), wanted, eager, strict=True):
+        assert (got - want).norm() <= share * want.norm() + 3 * (near - want).norm()
 
 
 @pytest.mark.parametrize("lower", ["eager", "aot_eager", "inductor"])
@@ -88,11 +90,7 @@ def test_streams(streams):
     model, x = build(torch.float32, streams)
     torch.compiler.reset()
     call = torch.compile(model, backend=mhc, fullgraph=True)
-    if streams <= 8:
-        compare(call, model, x, torch.float32)
-    else:
-        with torch.no_grad():
-            assert torch.isfinite(call(x)).all()
+    compare(call, model, x, torch.float32)
     assert last_record().kernels == ("triton" if streams <= 8 else "formulas")
 
 

@@ -115,6 +115,9 @@ class Rms(nn.Module):
             wide = h.float()
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
             return (wide * (1.0 + w.float())).type_as(h)
+        if form == "t5":
+            variance = h.to(torch.float32).pow(2).mean(-1, keepdim=True)
+            return w * (h * torch.rsqrt(variance + 1e-5))
         if form == "product":
             return h * torch.rsqrt((h * h).mean(dim=-1, keepdim=True) + 1e-5) * w
         if form == "quotient":
@@ -136,7 +139,7 @@ class Rms(nn.Module):
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("llama", "rms"), ("gemma", "rms"), ("product", "rms"), ("quotient", "rms"),
+    [("llama", "rms"), ("gemma", "rms"), ("t5", "rms"), ("product", "rms"), ("quotient", "rms"),
      ("function", "rms"), ("layer", "layer"), ("other eps", None), ("two axes", None),
      ("twice", None), ("last two", None)],
 )  # fmt: skip
@@ -311,6 +314,17 @@ def test_streams_and_connections(n, connection, lower):
 @pytest.mark.parametrize("shape", [(1,), (4, 1), (2, 3, 4)], ids=str)
 def test_leading_dimensions(shape):
     assert compiled_equals_eager(Sublayers(), inputs(*shape)).count("seam") == 2
+
+
+class Selects(Sublayers):
+    def forward(self, x):
+        return super().forward(x[x[:, 0] > 0])
+
+
+@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_number_of_tokens_that_depends_on_data(lower):
+    assert compiled_equals_eager(Selects(), inputs(20), lower).count("seam") == 2
 
 
 def test_plain_residuals_are_named():

@@ -489,8 +489,8 @@ def test_kernels_run_where_they_support_the_streams(monkeypatch):
 
     class Kernels:
         @staticmethod
-        def supports(x):
-            return x.shape[-1] == 5
+        def supports(first, streams):
+            return streams is first and streams.shape[-1] == 5
 
         @staticmethod
         def pre(x, pre):
@@ -514,6 +514,15 @@ def test_kernels_run_where_they_support_the_streams(monkeypatch):
         reference.apply_pre(x, pre),
     )
     assert len(calls) == 1
+
+
+def test_the_streams_of_each_operator():
+    for name, place in ops._STREAMS_AT.items():
+        declared = getattr(torch.ops.mhc, name).default._schema.arguments
+        assert declared[place].name == "x"
+    assert set(ops.SCHEMAS) - set(ops._STREAMS_AT) == {
+        "maps", "maps_backward", "expand", "expand_backward",
+    }  # fmt: skip
 
 
 def arguments(**changes):

@@ -57,13 +57,13 @@ def check(name, lower, training, streams=4):
     assert last_record().count("seam") == SEAMS[name]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", SEAMS)
-def test_seams(name, training):
-    check(name, "eager", training)
+def test_seams(name):
+    check(name, "eager", training=name in ("gpt2", "t5"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", SEAMS)
 def test_aot(name):
     check(name, "aot_eager", True)
 
