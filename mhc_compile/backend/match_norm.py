@@ -58,7 +58,7 @@ def _match_call(h: Node, call: Node) -> NormMatch | None:
 
 
 def _match_written_out(h: Node) -> NormMatch | None:
-    """h / sqrt(mean(h^2) + eps), then casts and a product with a weight; h may be cast before."""
+    """H / sqrt(mean(h^2) + eps), then casts and a product with a weight; h may be cast before."""
     casts = [user for user in _readers(h) if call_name(user) in _CASTS and user.args[0] is h]
     forms = {h, *casts}
     readers = {user for form in forms for user in _readers(form)} - set(casts)
