@@ -18,6 +18,7 @@ from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.runtime.streams import collapse_streams, expand_streams
+from mhc_compile.scheduler import RecomputePlan, solve_recompute
 from mhc_compile.stability import StabilityReport, stability
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "MHCError",
+    "RecomputePlan",
     "Report",
     "ResidualSite",
     "StabilityReport",
@@ -45,6 +47,7 @@ __all__ = [
     "reset_mhc_parameters",
     "revert",
     "save_pretrained",
+    "solve_recompute",
     "stability",
     "transform",
 ]

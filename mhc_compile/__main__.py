@@ -15,6 +15,8 @@ from mhc_compile.codegen.render import render
 from mhc_compile.codegen.spec import DTYPES
 from mhc_compile.conventions import CONVENTIONS
 from mhc_compile.errors import MHCError
+from mhc_compile.scheduler.objectives import OBJECTIVES
+from mhc_compile.scheduler.solve_recompute import solve_recompute
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,6 +40,59 @@ def _emit(arguments: argparse.Namespace) -> tuple[str, Any]:
     return "\n".join(entry["file"] for entry in written), {"kernels": written}
 
 
+def _recompute(arguments: argparse.Namespace) -> tuple[str, Any]:
+    """Solves for the blocks of sublayers to recompute together."""
+    plan = solve_recompute(
+        arguments.layers, arguments.streams, hidden=arguments.hidden, stages=arguments.stages,
+        in_flight=arguments.in_flight, objective=arguments.objective,
+        transient=arguments.transient, kept=arguments.kept, head=arguments.head,
+        embedding=arguments.embedding, memory_budget=arguments.budget,
+    )  # fmt: skip
+    return str(plan), plan.to_dict()
+
+
+def _number(text: str) -> int | float:
+    for parse in (int, float):
+        try:
+            return parse(text)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"invalid number: {text!r}")
+
+
+def _numbers(text: str) -> int | float | list[int | float]:
+    """One number, or a list of them between commas."""
+    return [_number(part) for part in text.split(",")] if "," in text else _number(text)
+
+
+def _add_recompute(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_recompute)
+    parser.add_argument("--layers", type=int, required=True, metavar="L", help="sublayers")
+    parser.add_argument("--streams", type=int, required=True, metavar="N")
+    parser.add_argument("--stages", type=int, default=1, metavar="P", help="of the pipeline")
+    parser.add_argument(
+        "--in-flight", type=_numbers, default=1, metavar="M[,M...]",
+        help="microbatches in flight, of all stages or one number per stage",
+    )  # fmt: skip
+    parser.add_argument("--objective", choices=OBJECTIVES, default="paper")
+    parser.add_argument(
+        "--budget", type=_number, metavar="SIZE", help="memory of a stage, for objective budget"
+    )
+    parser.add_argument(
+        "--hidden", type=_number, default=1, metavar="SIZE",
+        help="of one stream; the unit of what is printed (default: 1)",
+    )  # fmt: skip
+    for name, help in (
+        ("transient", "recomputed of a sublayer, times hidden (default: n + 2)"),
+        ("kept", "that F keeps of a sublayer, times hidden (default: 1)"),
+    ):
+        parser.add_argument(f"--{name}", type=_numbers, metavar="SIZE[,SIZE...]", help=help)
+    parser.add_argument("--head", type=_number, default=0, metavar="SIZE", help="times hidden")
+    parser.add_argument(
+        "--embedding", type=_number, metavar="SIZE", help="kept in place of x_0, times hidden"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("mhc-compile", description="Manifold-Constrained Hyper-Connections.")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -50,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     emit.add_argument("--tokens", type=int, default=8192, help="of a call; tiles depend on it")
     emit.add_argument("--convention", choices=CONVENTIONS, default="paper")
     emit.add_argument("--target", choices=("cuda", "hip", "interpret"), default="cuda")
-    for command in (emit,):
+    recompute = commands.add_parser("recompute", help="choose the blocks to recompute together")
+    _add_recompute(recompute)
+    for command in (emit, recompute):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

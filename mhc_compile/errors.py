@@ -37,3 +37,11 @@ class TraceError(MHCError):
 
 class CheckpointError(MHCError):
     """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+class MemoryBudgetError(MHCError):
+    """No plan fits into the memory budget; `minimum` is the least that one fits into."""
+
+    def __init__(self, message: str, minimum: float) -> None:
+        super().__init__(message)
+        self.minimum = minimum
