@@ -142,6 +142,21 @@ class KernelCalls:
         self.run(spec, partial, *_plain(alpha, bias), *out, square, self.tokens)
         return (*out, square)
 
+    def read(
+        self, x: Tensor, partial: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor | None,
+        shift: Tensor | None, norm: str, eps: float,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """Gates and the read by them in one launch: what `pre` and `gates` return."""
+        spec = self.spec("read", norm=norm, weight=weight is not None, shift=shift is not None,
+                         tile=replace(self.base.tile, shares=partial.shape[0]))  # fmt: skip
+        n = self.n
+        out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
+        square = self.empty(self.tokens)
+        h = self.empty(self.tokens, self.channels, dtype=self.dtype)
+        self.run(spec, x, partial, *_plain(alpha, bias), weight, shift, *out, square, h,
+                 self.tokens, eps)  # fmt: skip
+        return h, (*out, square)
+
     def pre(
         self, x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str,
         eps: float,

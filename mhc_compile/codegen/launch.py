@@ -76,8 +76,7 @@ def read(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Resu
     call = _calls(x, rule)
     streams = call.streams(x)
     _, partial = call.project(streams, None, None, None, call.split_phi(phi))
-    gates = call.gates(partial, alpha, bias)
-    h = call.pre(streams, gates[0], None, None, "none", 0.0)
+    h, gates = call.read(streams, partial, alpha, bias, None, None, "none", 0.0)
     return h.view(*call.lead, call.channels), *_outputs(call, gates)
 
 
@@ -115,8 +114,7 @@ def seam(
         y, h, gates = call.seam_once(*mixed, phi, alpha, bias, weight, shift, norm, norm_eps)
     else:
         y, partial = call.project(*mixed, call.split_phi(phi))
-        gates = call.gates(partial, alpha, bias)
-        h = call.pre(y, gates[0], weight, shift, norm, norm_eps)
+        h, gates = call.read(y, partial, alpha, bias, weight, shift, norm, norm_eps)
     return y.view(x.shape), h.view(*call.lead, call.channels), *_outputs(call, gates)
 
 
