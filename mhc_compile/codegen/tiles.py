@@ -26,8 +26,8 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(1, width, min(32, math.ceil(spec.channels / width)))
     if spec.op == "project":
         return _project(spec)
-    if spec.op == "read":  # the tile of "pre", and programs of as many warps for the gates
-        tile = choose_tile(replace(spec, op="pre"), tokens)
+    if spec.op == "read":  # whole rows, and programs of as many warps for the gates
+        tile = _norm(replace(spec, op="pre"))
         gated = (4 if spec.streams > 4 else 8) * tile.warps
         return replace(tile, shares=spec.tile.shares, gated=gated)
     if spec.norm != "none":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mhc_compile.conventions import Convention
+from mhc_compile.map_layout import as_maps
 from mhc_compile.runtime.fused_gates import apply_gates, norm_divisor
 from mhc_compile.runtime.fused_norm import make_norm
 from mhc_compile.runtime.fused_steps import (
@@ -18,6 +19,7 @@ from mhc_compile.runtime.fused_steps import (
     Tensors,
     add,
     by_token,
+    maps_like,
     merge,
     mix,
     mix_backward,
@@ -34,7 +36,8 @@ def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str)
     proj, square = project(streams, phi)
     divisor = norm_divisor(streams, square, convention)
     pre, post, res = apply_gates(proj, divisor.value, alpha, bias, n, convention)
-    return pre.view(*lead, n), post.view(*lead, n), res.view(*lead, n, n), proj, square
+    maps = as_maps(pre, lead, (n,)), as_maps(post, lead, (n,)), as_maps(res, lead, (n, n))
+    return *maps, proj, square
 
 
 def coefficients_backward(
@@ -63,7 +66,7 @@ def pre(x: Tensor, pre: Tensor) -> Tensor:
 def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Tensors:
     """Gradients by `(x, pre)`."""
     _, g_pre, _ = mix_backward(g_h, x, pre, NO_NORM)
-    return outer(pre, g_h, x.dtype), g_pre.to(pre.dtype).view(pre.shape)
+    return outer(pre, g_h, x.dtype), maps_like(pre, g_pre)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
