@@ -126,8 +126,14 @@ def run_both_ways(case, device):
 
 SMALL = [
     Case(op, n, 40, 5, dtype, norm="rms" if op == "seam" else "none", apart=apart)
-    for op, apart in (("coefficients", False), ("pre", False), ("read", False),
-                      ("post_res", False), ("seam", True), ("seam", False))
+    for op, apart in (
+        ("coefficients", False),
+        ("pre", False),
+        ("read", False),
+        ("post_res", False),
+        ("seam", True),
+        ("seam", False),
+    )
     for n, dtype in ((4, BF16), (5, F32))
     if n <= 4 or op != "seam" or apart
 ]
