@@ -86,7 +86,8 @@ def _norm(spec: KernelSpec) -> Tile:
     """Whole rows; the backward also keeps sums for the gradients of weight and shift."""
     if spec.op == "pre":
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
-    return Tile(1, spec.row, 1, max(4, min(32, spec.row // 1024)))
+    elements = 512 if spec.streams > 4 else 1024  # of a row in each warp
+    return Tile(1, spec.row, 1, max(4, min(32, spec.row // elements)))
 
 
 def fits_whole(spec: KernelSpec) -> bool:
