@@ -1,7 +1,7 @@
 """How long backend="mhc" compiles, beside backend="inductor", and the share of its own passes.
 
-A training step of a GPT of `--blocks` blocks, compiled from empty caches, forward and backward; each
-backend in a process of its own.
+A training step of a GPT of `--blocks` blocks, compiled from empty caches, forward and backward;
+each backend in a process of its own.
 
     python benchmarks/compile_time.py --blocks 24
 """

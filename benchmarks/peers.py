@@ -7,6 +7,7 @@ tensors and parameters in its own layout, so that nothing is converted while it 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -206,6 +207,8 @@ def _transformer_engine() -> Any:
                     ".pytorch.cpp_extensions"):  # fmt: skip
         module = types.ModuleType(f"transformer_engine{package}")
         module.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+        # Other libraries ask for it when they look for what is installed.
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None, is_package=True)
         sys.modules[module.__name__] = module
     gemm: Any = types.ModuleType("transformer_engine.pytorch.cpp_extensions.gemm")
     gemm.general_gemm = _general_gemm

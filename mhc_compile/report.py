@@ -20,7 +20,7 @@ from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.stability import StabilityReport, stability
 
-_SEAM = "project with mix, gates, pre"
+_SEAM = "split_phi, project with mix, read"
 """The generated kernels of a seam's forward, see docs/kernels.md."""
 
 

@@ -20,7 +20,7 @@ def test_emit(tmp_path, capsys):
     assert main([*EMIT, "--out", str(tmp_path / "new")]) == 0
     files = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert sorted(files) == sorted((tmp_path / "new").iterdir())
-    assert {"project_mix.py", "gates.py", "pre_rms_weight.py"} <= {file.name for file in files}
+    assert {"project_mix.py", "gates.py", "read_rms_weight.py"} <= {file.name for file in files}
     for file in files:
         ast.parse(file.read_text())
 

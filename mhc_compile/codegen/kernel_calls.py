@@ -19,6 +19,7 @@ from mhc_compile.codegen.signature import counts, grid, group_tokens
 from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
 from mhc_compile.codegen.tiles import choose_tile, fits_whole
 from mhc_compile.conventions import Convention
+from mhc_compile.map_layout import as_components, as_maps
 
 Pair = tuple[Tensor, Tensor | None]
 """What enters products: high and low parts in bf16, or float32 and None."""
@@ -88,19 +89,19 @@ class KernelCalls:
         """A sublayer's input or result, or a gradient of it, as `[tokens, C]`, contiguous."""
         return tensor.to(self.dtype).reshape(self.tokens, self.channels).contiguous()
 
-    def by_component(self, tensor: Tensor | None, count: int) -> Tensor:
-        """Maps or their gradients as `[count, tokens]` float32; zeros for a missing gradient."""
+    def by_component(self, tensor: Tensor | None, *shape: int) -> Tensor:
+        """Maps `[..., *shape]` or their gradients as `[k, tokens]` float32; zeros for None."""
         if tensor is None:
-            return torch.zeros(count, self.tokens, device=self.device)
-        return tensor.float().reshape(self.tokens, count).t().contiguous()
+            return torch.zeros(math.prod(shape), self.tokens, device=self.device)
+        return as_components(tensor.float(), len(shape))
 
-    def by_token(self, maps: Tensor, *shape: int) -> Tensor:
-        """`[..., *shape]`, contiguous, of `[count, tokens]`."""
-        return maps.t().contiguous().view(*self.lead, *shape)
+    def by_token(self, components: Tensor, *shape: int) -> Tensor:
+        """The view `[..., *shape]` of `[k, tokens]`."""
+        return as_maps(components, self.lead, shape)
 
     def mixing(self, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor]:
         """The maps of a mix, component by component."""
-        return self.by_component(post, self.n), self.by_component(res, self.n**2)
+        return self.by_component(post, self.n), self.by_component(res, self.n, self.n)
 
     # --- forward --------------------------------------------------------------------------
 
@@ -141,6 +142,21 @@ class KernelCalls:
         square = self.empty(self.tokens)
         self.run(spec, partial, *_plain(alpha, bias), *out, square, self.tokens)
         return (*out, square)
+
+    def read(
+        self, x: Tensor, partial: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor | None,
+        shift: Tensor | None, norm: str, eps: float,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """Gates and the read by them in one launch: what `pre` and `gates` return."""
+        spec = self.spec("read", norm=norm, weight=weight is not None, shift=shift is not None,
+                         tile=replace(self.base.tile, shares=partial.shape[0]))  # fmt: skip
+        n = self.n
+        out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
+        square = self.empty(self.tokens)
+        h = self.empty(self.tokens, self.channels, dtype=self.dtype)
+        self.run(spec, x, partial, *_plain(alpha, bias), weight, shift, *out, square, h,
+                 self.tokens, eps)  # fmt: skip
+        return h, (*out, square)
 
     def pre(
         self, x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str,

@@ -23,9 +23,9 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
     """Operations with their fields, as `launch.py` asks for them."""
     norms = _NORMS[:1] if seam_only else _NORMS
     found: list[tuple[str, dict[str, Any]]] = [
-        (op, {}) for op in ("split_phi", "gates", "gates_backward", "phi_backward")
+        (op, {}) for op in ("split_phi", "gates_backward", "phi_backward")
     ]
-    found += [(op, norm) for op in ("pre", "pre_backward") for norm in norms]
+    found += [(op, norm) for op in ("read", "pre_backward") for norm in norms]
     if whole:
         found += [("project", {"mix": True}), ("seam_backward", {})]
     else:
@@ -33,7 +33,7 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
     if not (whole and seam_only):
         found += [(op, {}) for op in ("mix", "project", "mix_backward")]
     if not seam_only:
-        found += [("read_backward", {})]
+        found += [(op, {}) for op in ("gates", "pre", "read_backward")]
         found += [("seam_once", norm) for norm in norms if whole]
     return sorted(found, key=lambda pair: OPS.index(pair[0]))
 
@@ -73,9 +73,10 @@ def kernel_set(
         if op in GATED and rule is not None:
             spec = replace(spec, rule=rule)
         specs.append(replace(spec, tile=choose_tile(spec, tokens)))
-    # The parts that "gates" kernels add up are those of the kernel before.
-    mixes = [spec.tile.parts for spec in specs if spec.op == "project"]
+    # The parts that "gates" and "read" add up are those of the kernel before.
+    parts = next(spec.tile.parts for spec in specs if spec.op == "project")
+    given = {"gates": {"parts": parts}, "read": {"shares": parts}}
     return tuple(
-        replace(spec, tile=replace(spec.tile, parts=mixes[0])) if spec.op == "gates" else spec
+        replace(spec, tile=replace(spec.tile, **given[spec.op])) if spec.op in given else spec
         for spec in specs
     )

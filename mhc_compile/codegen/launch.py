@@ -54,7 +54,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
         call.streams(x), maps, call.single(g_h), None, None, "none", 0.0
     )
     g_x = (pre.unsqueeze(-1) * g_h.unsqueeze(-2)).to(x.dtype)
-    return g_x, call.by_token(g_pre, call.n).to(pre.dtype)
+    return g_x, call.by_token(g_pre.to(pre.dtype), call.n)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -77,8 +77,7 @@ def read(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Resu
     call = _calls(x, rule)
     streams = call.streams(x)
     _, partial = call.project(streams, None, None, None, call.split_phi(phi))
-    gates = call.gates(partial, alpha, bias)
-    h = call.pre(streams, gates[0], None, None, "none", 0.0)
+    h, gates = call.read(streams, partial, alpha, bias, None, None, "none", 0.0)
     return h.view(*call.lead, call.channels), *_outputs(call, gates)
 
 
@@ -116,8 +115,7 @@ def seam(
         y, h, gates = call.seam_once(*mixed, phi, alpha, bias, weight, shift, norm, norm_eps)
     else:
         y, partial = call.project(*mixed, call.split_phi(phi))
-        gates = call.gates(partial, alpha, bias)
-        h = call.pre(y, gates[0], weight, shift, norm, norm_eps)
+        h, gates = call.read(y, partial, alpha, bias, weight, shift, norm, norm_eps)
     return y.view(x.shape), h.view(*call.lead, call.channels), *_outputs(call, gates)
 
 
@@ -203,7 +201,7 @@ def _projection_backward(
     g_pre = torch.stack(terms) if terms else call.by_component(None, call.n).unsqueeze(0)
     dh, scale, g_alpha, g_bias = call.gates_backward(
         proj, square, alpha, bias, g_pre, call.by_component(g_post, call.n),
-        call.by_component(g_res, call.n**2),
+        call.by_component(g_res, call.n, call.n),
     )  # fmt: skip
     g_phi = call.phi_backward(y, dh) if need_phi else call.empty(0)
     return dh, scale, g_phi.to(phi.dtype), g_alpha.to(alpha.dtype), g_bias.to(bias.dtype)
@@ -214,8 +212,9 @@ def _mixing_gradients(
 ) -> Results:
     """Gradients by `(x, f, post, res)` in their shapes and dtypes."""
     (g_x, g_f, dots), (x, f, post, res), n = back, like, call.n
-    g_post, g_res = call.by_token(dots[n * n :], n), call.by_token(dots[: n * n], n, n)
-    return g_x.view(x.shape), g_f.view(f.shape), g_post.to(post.dtype), g_res.to(res.dtype)
+    g_post = call.by_token(dots[n * n :].to(post.dtype), n)
+    g_res = call.by_token(dots[: n * n].to(res.dtype), n, n)
+    return g_x.view(x.shape), g_f.view(f.shape), g_post, g_res
 
 
 def _check_norm(norm: str) -> None:

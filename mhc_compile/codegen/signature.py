@@ -16,7 +16,7 @@ Dims = tuple[int | str, ...]
 _GROUP_TOKENS = 512  # fewest tokens of a group of "phi_backward"
 _GROUPS = 8
 _PROGRAMS = 1024
-_WORKERS = 528  # 4 for each multiprocessor of an H100
+_WORKERS = 264  # 2 for each multiprocessor of an H100, as many as run there at a time
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
     ("split_phi", "high"): lambda s: (2, s.streams, s.columns, s.channels),
     ("gates_backward", "high"): lambda s: ("tokens", s.columns),
     ("read_backward", "high"): lambda s: (s.streams, s.channels, s.columns),
+    ("read", "partial"): lambda s: (s.tile.shares, s.maps + 1, "tokens"),
     ("gates_backward", "g_pre"): lambda s: (s.tile.parts, s.streams, "tokens"),
 }
 
@@ -186,4 +187,5 @@ def grid(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
         return (count["workers"],)
     if spec.op in ("gates", "gates_backward"):  # their parts were computed by another kernel
         return (count["tiles"],)
-    return (count["tiles"] * tile.parts,)
+    gated = math.ceil(tokens / tile.gated) if spec.op == "read" else 0
+    return (count["tiles"] * tile.parts + gated,)

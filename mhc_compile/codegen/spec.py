@@ -11,10 +11,10 @@ from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
 OPS = (
-    "split_phi", "mix", "project", "gates", "pre", "seam_once", "pre_backward", "gates_backward",
-    "seam_backward", "read_backward", "mix_backward", "phi_backward",
+    "split_phi", "mix", "project", "gates", "pre", "read", "seam_once", "pre_backward",
+    "gates_backward", "seam_backward", "read_backward", "mix_backward", "phi_backward",
 )  # fmt: skip
-GATED = ("gates", "gates_backward", "seam_once")
+GATED = ("gates", "read", "gates_backward", "seam_once")
 """Operations that depend on the convention."""
 DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 PRODUCTS = ("split", "bf16", "tf32x3", "tf32")
@@ -34,6 +34,8 @@ class Tile:
         warps: warps of a program.
         stages: depth of the software pipeline.
         inner: channels of one matrix product, a power of two.
+        shares: in how many parts products come to "read" from the kernel before.
+        gated: tokens of a program of "read" that computes gates, a power of two.
     """
 
     tokens: int
@@ -42,6 +44,8 @@ class Tile:
     warps: int = 4
     stages: int = 1
     inner: int = 64
+    shares: int = 1
+    gated: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class KernelSpec:
         rule: the numerical axes; only those of `GATED` depend on it.
         mix: the streams are mixed first, y = res x + post f ("project").
         carry: a gradient of the streams is added ("read_backward").
-        norm: the norm of the next sublayer, done with the read ("pre", "pre_backward",
+        norm: the norm of the next sublayer, done with the read ("pre", "read", "pre_backward",
             "seam_once").
         weight: that norm has a weight.
         shift: that norm has a shift.

@@ -15,7 +15,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     16 bytes and are loaded number by number, take smaller tiles or more warps for the same tile.
 
     Args:
-        spec: the kernel; `spec.tile.parts` counts where the parts come from another kernel.
+        spec: the kernel; its `tile.parts` or `tile.shares` count where they are another kernel's.
         tokens: how many tokens there are.
     """
     if spec.op in ("gates", "gates_backward"):
@@ -26,6 +26,10 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(1, width, min(32, math.ceil(spec.channels / width)))
     if spec.op == "project":
         return _project(spec)
+    if spec.op == "read":  # whole rows, and programs of as many warps for the gates
+        tile = _norm(replace(spec, op="pre"))
+        gated = (4 if spec.streams > 4 else 8) * tile.warps
+        return replace(tile, shares=spec.tile.shares, gated=gated)
     if spec.norm != "none":
         return _norm(spec)
     c, many, odd = spec.channels, spec.streams > 4, spec.channels % 8 != 0
@@ -82,7 +86,8 @@ def _norm(spec: KernelSpec) -> Tile:
     """Whole rows; the backward also keeps sums for the gradients of weight and shift."""
     if spec.op == "pre":
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
-    return Tile(1, spec.row, 1, max(4, min(32, spec.row // 512)))
+    elements = 512 if spec.streams > 4 else 1024  # of a row in each warp
+    return Tile(1, spec.row, 1, max(4, min(32, spec.row // elements)))
 
 
 def fits_whole(spec: KernelSpec) -> bool:

@@ -49,6 +49,8 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
         return f"x f post res phi alpha bias{weight}{shift}", out
     if spec.op == "gates":
         return "partial alpha bias", "pre post res proj square"
+    if spec.op == "read":
+        return f"x partial alpha bias{weight}{shift}", "pre post res proj square h"
     if spec.op == "pre":
         return f"x pre{weight}{shift}", "h"
     if spec.op == "pre_backward":
@@ -81,6 +83,13 @@ def _sides(spec: KernelSpec) -> Iterator[list[Argument]]:
         yield [by_name[name] for name in names.split()]
 
 
+def _slice_bytes(spec: KernelSpec, argument: Argument) -> int:
+    """Bytes that a kernel moves of one slice; the padding of phi's columns may stay where it is."""
+    if spec.op == "project" and spec.mix and argument.name in ("high", "low"):
+        return argument.slice_bytes * spec.maps // spec.columns
+    return argument.slice_bytes
+
+
 def traffic(spec: KernelSpec, tokens: int) -> Traffic:
     """Bytes of one launch in closed form: the sizes of what the operation reads and writes.
 
@@ -95,7 +104,7 @@ def traffic(spec: KernelSpec, tokens: int) -> Traffic:
     """
     count = counts(spec, tokens)
     read, written = (
-        {argument.name: argument.slice_bytes * count[argument.each] for argument in side}
+        {argument.name: _slice_bytes(spec, argument) * count[argument.each] for argument in side}
         for side in _sides(spec)
     )
     scratch = {

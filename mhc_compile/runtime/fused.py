@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mhc_compile.conventions import Convention
+from mhc_compile.map_layout import as_maps
 from mhc_compile.runtime.fused_gates import (
     apply_gates,
     apply_gates_backward,
@@ -23,6 +24,7 @@ from mhc_compile.runtime.fused_steps import (
     Tensors,
     add,
     by_token,
+    maps_like,
     merge,
     mix,
     mix_backward,
@@ -40,7 +42,8 @@ def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str)
     proj, square = project(streams, phi)
     divisor = norm_divisor(streams, square, convention)
     pre, post, res = apply_gates(proj, divisor.value, alpha, bias, n, convention)
-    return pre.view(*lead, n), post.view(*lead, n), res.view(*lead, n, n), proj, square
+    maps = as_maps(pre, lead, (n,)), as_maps(post, lead, (n,)), as_maps(res, lead, (n, n))
+    return *maps, proj, square
 
 
 def coefficients_backward(
@@ -69,8 +72,12 @@ def maps(
     `width` is n*C, the number of squares that were summed.
     """
     convention = Convention.from_key(rule)
-    divisor = divisor_of(square, width, convention)
-    return apply_gates(proj, divisor.value, alpha, bias, streams_of(proj.shape[0]), convention)
+    divisor, n = divisor_of(square, width, convention), streams_of(proj.shape[0])
+    results = apply_gates(proj, divisor.value, alpha, bias, n, convention)
+    return tuple(
+        as_maps(part, square.shape, shape)
+        for part, shape in zip(results, ((n,), (n,), (n, n)), strict=True)
+    )
 
 
 def maps_backward(
@@ -107,7 +114,7 @@ def pre(x: Tensor, pre: Tensor) -> Tensor:
 def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Tensors:
     """Gradients by `(x, pre)`."""
     _, g_pre, _ = mix_backward(g_h, x, pre, NO_NORM)
-    return outer(pre, g_h, x.dtype), g_pre.to(pre.dtype).view(pre.shape)
+    return outer(pre, g_h, x.dtype), maps_like(pre, g_pre)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:

@@ -62,17 +62,16 @@ def _mend_overflow(root: Tensor, x: Tensor) -> Tensor:
 def apply_gates(
     proj: Tensor, divisor: Tensor, alpha: Tensor, bias: Tensor, n: int, rule: Convention
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the maps of Eq. (16)-(19): `pre: [T, n]`, `post: [T, n]`, `res: [T, n, n]`."""
+    """Computes the maps of Eq. (16)-(19): `pre: [n, T]`, `post: [n, T]`, `res: [n, n, T]`."""
     logits = _normalise(proj, divisor, alpha, bias, n).logits
     gates = torch.sigmoid(logits[: 2 * n])
-    pre = gates[:n].t() + rule.pre_eps
-    post = gates[n:].t() * rule.post_multiplier
+    pre = gates[:n] + rule.pre_eps
+    post = gates[n:] * rule.post_multiplier
     steps = resolve_steps(rule)
     matrices = _matrices(logits, n).to(iteration_dtype(n, logits.dtype, steps))
     res = iterate(matrices, steps)  # [row, column, T]
-    axes = (2, 1, 0) if rule.res_transposed else (2, 0, 1)
-    res = res.permute(axes).to(logits.dtype)
-    return pre.contiguous(), post.contiguous(), res.contiguous()
+    res = (res.transpose(0, 1) if rule.res_transposed else res).to(logits.dtype)
+    return pre, post, res.contiguous()
 
 
 def apply_gates_backward(

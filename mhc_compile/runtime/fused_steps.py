@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.conventions import Convention
+from mhc_compile.map_layout import as_components, as_maps
 from mhc_compile.runtime.fused_gates import apply_gates_backward, norm_divisor
 from mhc_compile.runtime.fused_norm import Norm, apply_norm, apply_norm_backward
 from mhc_compile.runtime.precision import working_dtype
@@ -50,7 +51,7 @@ def project(streams: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
 
 def mix(x: Tensor, pre: Tensor, norm: Norm) -> Tensor:
     """The normed mix `[..., C]`; what the norm reads is not rounded to x's dtype."""
-    dtype, streams, weight = working_dtype(x.dtype), by_token(x, 2), by_token(pre, 1)
+    dtype, streams, weight = working_dtype(x.dtype), by_token(x, 2), packed(pre, 1)
     h = streams.new_empty((streams.shape[0], streams.shape[2]))
     for rows in blocks(streams):
         mixed = torch.bmm(weight[rows].to(dtype).unsqueeze(1), streams[rows].to(dtype))
@@ -67,7 +68,7 @@ def mix_backward(
     g_mix = grad if plain else grad.new_empty(grad.shape, dtype=dtype)
     g_pre = streams.new_empty(streams.shape[:2], dtype=dtype)
     g_weight, g_shift = (streams.new_zeros(streams.shape[2], dtype=dtype) for _ in range(2))
-    weight = by_token(pre, 1)
+    weight = packed(pre, 1)
     for rows in blocks(streams):
         block, g = streams[rows].to(dtype), grad[rows].to(dtype)
         if not plain:
@@ -112,6 +113,7 @@ def streams_gradient(
     phi = source.phi.to(dtype)
     g_phi = phi.new_zeros(phi.shape[::-1] if source.need_phi else (0,))
     g_x = streams.new_empty(streams.shape if back is None else (0,))
+    weights = None if pre is None else packed(pre, 1)
     for rows in blocks(streams):
         block = streams[rows].to(dtype)
         out = torch.empty_like(block) if back else _block_of(g_x, rows, dtype)
@@ -120,8 +122,8 @@ def streams_gradient(
         else:
             torch.addcmul(by_token(g_y, 2)[rows].to(dtype), block, scale[rows], out=out)
         out.flatten(1).addmm_(g_proj[:, rows].t(), phi.t())
-        if pre is not None and g_mix is not None:
-            weight = by_token(pre, 1)[rows].to(dtype).unsqueeze(2)
+        if weights is not None and g_mix is not None:
+            weight = weights[rows].to(dtype).unsqueeze(2)
             out.addcmul_(weight, g_mix[rows].to(dtype).unsqueeze(1))
         if source.need_phi:
             g_phi.addmm_(g_proj[:, rows], block.flatten(1))
@@ -140,7 +142,7 @@ def streams_gradient(
 def merge(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`, `[..., n, C]`."""
     dtype, streams, branch = working_dtype(x.dtype), by_token(x, 2), by_token(f, 1)
-    weights, matrices = by_token(post, 1), by_token(res, 2)
+    weights, matrices = packed(post, 1), packed(res, 2)
     y = streams.new_empty(streams.shape)
     for rows in blocks(streams):
         out = _block_of(y, rows, dtype)
@@ -157,7 +159,7 @@ class MergeBackward:
         self.inputs = (x, f, post, res)
         self.dtype = working_dtype(x.dtype)
         self.x, self.f = by_token(x, 2), by_token(f, 1)
-        self.post, self.res = by_token(post, 1), by_token(res, 2)
+        self.post, self.res = packed(post, 1), packed(res, 2)
         self.g_x, self.g_f = self.x.new_empty(self.x.shape), self.f.new_empty(self.f.shape)
         self.g_post = self.post.new_empty(self.post.shape, dtype=self.dtype)
         self.g_res = self.res.new_empty(self.res.shape, dtype=self.dtype)
@@ -182,23 +184,33 @@ class MergeBackward:
 
     def gradients(self) -> Tensors:
         """Returns the gradients by `(x, f, post, res)`, each like its input."""
-        results = (self.g_x, self.g_f, self.g_post, self.g_res)
-        return tuple(
-            grad.to(given.dtype).view(given.shape)
-            for grad, given in zip(results, self.inputs, strict=True)
-        )
+        x, f, post, res = self.inputs
+        maps = maps_like(post, self.g_post), maps_like(res, self.g_res)
+        return self.g_x.view(x.shape), self.g_f.view(f.shape), *maps
 
 
 def outer(weight: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight_i grad`, `[..., n, C]`, rounded once."""
     work = working_dtype(dtype)
-    weights, grads = by_token(weight, 1), by_token(grad, 1)
+    weights, grads = packed(weight, 1), by_token(grad, 1)
     out = grads.new_empty((*weights.shape, grads.shape[1]), dtype=dtype)
     for rows in blocks(out):
         block = _block_of(out, rows, work)
         torch.mul(weights[rows].to(work).unsqueeze(2), grads[rows].to(work).unsqueeze(1), out=block)
         _store(out, rows, block)
     return out.view(*weight.shape, grad.shape[-1])
+
+
+def packed(maps: Tensor, kept: int) -> Tensor:
+    """Maps by token and contiguous: torch multiplies small matrices fast only as they lie so."""
+    return by_token(maps, kept).contiguous()
+
+
+def maps_like(maps: Tensor, by_token: Tensor) -> Tensor:
+    """A gradient `[T, ...]` in the shape and dtype of maps, as `map_layout` wants it."""
+    kept = by_token.dim() - 1
+    lead, shape = maps.shape[: maps.dim() - kept], maps.shape[maps.dim() - kept :]
+    return as_maps(as_components(by_token.to(maps.dtype), kept), lead, shape)
 
 
 def by_token(tensor: Tensor, kept: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Shapes, dtypes and strides of what the operators of `mhc_compile.runtime.ops` return.
 
 One function an operator, by its name: what torch.compile, torch.export and the meta device run in
-the operator's place. Every result is contiguous. The order of gradients is that of the operator's
-inputs; a gradient that nobody needs has the shape [0].
+the operator's place. Results are contiguous, but for maps and their gradients: these lie component
+by component, see `mhc_compile.map_layout`. The order of gradients is that of the operator's inputs;
+a gradient that nobody needs has the shape [0].
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 
 from torch import Tensor
 
+from mhc_compile.map_layout import as_maps
 from mhc_compile.runtime.precision import working_dtype
 
 Tensors = tuple[Tensor, ...]
@@ -20,8 +22,12 @@ def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str)
     """Pre and post `[..., n]`, res `[..., n, n]`, proj `[n*n + 2*n, T]`, square `[T]`."""
     lead, n, dtype = x.shape[:-2], x.shape[-2], working_dtype(x.dtype)
     tokens = math.prod(lead)
-    shapes = ((*lead, n), (*lead, n), (*lead, n, n), (phi.shape[1], tokens), (tokens,))
-    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+    maps = (
+        as_maps(x.new_empty((*shape, *lead), dtype=dtype), lead, shape)
+        for shape in ((n,), (n,), (n, n))
+    )
+    kept = (x.new_empty(shape, dtype=dtype) for shape in ((phi.shape[1], tokens), (tokens,)))
+    return *maps, *kept
 
 
 def coefficients_backward(
@@ -46,7 +52,10 @@ def maps(
 ) -> Tensors:
     """Pre and post `[T, n]`, res `[T, n, n]`."""
     n, tokens = streams_of(proj.shape[0]), proj.shape[1]
-    return tuple(proj.new_empty(shape) for shape in ((tokens, n), (tokens, n), (tokens, n, n)))
+    return tuple(
+        as_maps(proj.new_empty((*shape, tokens)), (tokens,), shape)
+        for shape in ((n,), (n,), (n, n))
+    )
 
 
 def maps_backward(
@@ -76,7 +85,7 @@ def pre(x: Tensor, pre: Tensor) -> Tensor:
 
 def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Tensors:
     """Like x, pre."""
-    return _like(x), _like(pre)
+    return _like(x), _like_maps(pre, 1)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -86,7 +95,7 @@ def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
 
 def post_res_backward(g_y: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensors:
     """Like x, f, post, res."""
-    return _like(x), _like(f), _like(post), _like(res)
+    return _like(x), _like(f), _like_maps(post, 1), _like_maps(res, 2)
 
 
 def read(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Tensors:
@@ -160,7 +169,8 @@ def seam_backward(
     used = g_h is not None and norm != "none"
     affine = (_like(x if t is None else t, used and t is not None) for t in (weight, shift))
     parameters = _like(phi, need_phi), _like(alpha), _like(bias)
-    return _like(x), _like(f), _like(post), _like(res), *parameters, *affine
+    maps = _like_maps(post, 1), _like_maps(res, 2)
+    return _like(x), _like(f), *maps, *parameters, *affine
 
 
 def expand(x: Tensor, n: int) -> Tensor:
@@ -182,6 +192,11 @@ def collapse_backward(g_h: Tensor, x: Tensor | None, weight: Tensor) -> Tensors:
     """Like x, weight."""
     g_x = g_h.new_empty((*g_h.shape[:-1], weight.shape[0], g_h.shape[-1]))
     return g_x, _like(weight, x is not None)
+
+
+def _like_maps(maps: Tensor, kept: int) -> Tensor:
+    lead, shape = maps.shape[: maps.dim() - kept], maps.shape[maps.dim() - kept :]
+    return as_maps(maps.new_empty((*shape, *lead)), lead, shape)
 
 
 def _like(tensor: Tensor, needed: bool = True) -> Tensor:

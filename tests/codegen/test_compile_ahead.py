@@ -17,7 +17,7 @@ from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.errors import MHCError
 
 SEAM = {spec.op: spec for spec in kernel_set(4, 2560, seam_only=True)}
-QUICK = [SEAM[op] for op in ("project", "gates", "pre", "phi_backward")]
+QUICK = [SEAM[op] for op in ("project", "read", "gates_backward", "phi_backward")]
 SMALL = KernelSpec("pre", 2, 512, "bf16", Tile(4, 512))
 
 

@@ -126,7 +126,14 @@ def run_both_ways(case, device):
 
 SMALL = [
     Case(op, n, 40, 5, dtype, norm="rms" if op == "seam" else "none", apart=apart)
-    for op, apart in (("read", False), ("post_res", False), ("seam", True), ("seam", False))
+    for op, apart in (
+        ("coefficients", False),
+        ("pre", False),
+        ("read", False),
+        ("post_res", False),
+        ("seam", True),
+        ("seam", False),
+    )
     for n, dtype in ((4, BF16), (5, F32))
     if n <= 4 or op != "seam" or apart
 ]
@@ -151,7 +158,7 @@ def test_small_launches_every_kernel(device, monkeypatch):
     specs = [spec for n in (4, 5) for spec in kernel_set(n, 40)]
     wanted = {(spec.op, spec.mix, spec.carry) for spec in specs}
     assert wanted <= {key[:3] for key in seen}
-    assert {("pre", "rms"), ("pre", "none")} <= {(key[0], key[3]) for key in seen}
+    assert {("read", "rms"), ("read", "none")} <= {(key[0], key[3]) for key in seen}
 
 
 def test_no_access_outside_of_the_arguments(device, monkeypatch):

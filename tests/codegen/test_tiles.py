@@ -64,7 +64,7 @@ def test_gates_add_up_the_parts_of_the_products():
 def test_measured_tiles():
     """Tiles that were measured on an H100, 8192 tokens of 4 x 4096 bf16, stay as they are."""
     tiles = {
-        spec.name: tuple(vars(spec.tile).values())
+        spec.name: tuple(vars(spec.tile).values())[:6]
         for spec in kernel_set(4, 4096)
         if spec.op not in GATED and spec.norm == "none"
     }
