@@ -179,8 +179,8 @@ def collapse_backward(g_h: Tensor, x: Tensor | None, weight: Tensor) -> Results:
 def _calls(x: Tensor, rule: str | None = None) -> KernelCalls:
     if x.shape[-2] > MAX_STREAMS:
         raise MHCError(
-            f"there are kernels for up to {MAX_STREAMS} streams, got {x.shape[-2]}; run the model "
-            'with kernels="reference", or with fewer streams'
+            f"there are kernels for up to {MAX_STREAMS} streams, got {x.shape[-2]}; the operators "
+            "torch.ops.mhc.* run in torch then"
         )
     return KernelCalls(x, None if rule is None else Convention.from_key(rule))
 

@@ -311,9 +311,9 @@ def test_more_tokens_than_a_group(device, monkeypatch):
 
 
 def test_wrong_streams_are_refused(device):
-    case = Case("pre", 9, 8)
-    with pytest.raises(mc.MHCError, match='up to 8 streams, got 9.*kernels="reference"'):
-        run(case, inputs_of(case, device))
+    p = inputs_of(Case("pre", 9, 8), device)
+    with pytest.raises(mc.MHCError, match="up to 8 streams, got 9"):
+        launch.pre(*p.values())
     seam = Case("seam", 2, 8)
     p = inputs_of(seam, device)
     with pytest.raises(mc.MHCError, match="norm must be one of"):
@@ -325,7 +325,7 @@ def test_a_wrong_result_is_seen(name, device):
     """The measure itself: one element of a tensor that is off by more than its rounding."""
     case = Case("seam", 2, dtype=F32)
     out = dict(zip(names_of(case), run(case, inputs_of(case, device)), strict=True))[name].detach()
-    wrong = out.clone()
+    wrong = out.clone(memory_format=torch.contiguous_format)
     wrong.view(-1)[-1] += 1e-3 * out.abs().max()
     assert error(wrong, out) > bound_of(case, name, False) > error(out, out)
     wrong.view(-1)[-1] = float("nan")
