@@ -40,6 +40,8 @@ __all__ = [
     "is_internal",
     "log_artifact",
     "no_nested_tensor_fastpath",
+    "size_hint",
+    "statically_known_true",
     "tensor_leaves",
     "user_frame",
     "user_source",
@@ -222,3 +224,18 @@ def inductor_decompositions() -> Any:
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
+
+
+def statically_known_true(condition: Any) -> bool:
+    """Whether a condition on sizes holds for all of them; asks nothing of the sizes at hand."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+    return known(condition)
+
+
+def size_hint(size: Any) -> int:
+    """The size at hand of one that may be symbolic, without fixing it."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 2**31

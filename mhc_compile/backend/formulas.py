@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from mhc_compile.map_layout import as_maps
 from mhc_compile.runtime.fused_norm import apply_norm, apply_norm_backward, make_norm
 from mhc_compile.runtime.precision import working_dtype
 
@@ -25,7 +26,8 @@ def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str)
     _, n, channels = streams.shape
     proj, square = _project(streams, phi)
     pre, post, res = torch.ops.mhc.maps(proj, square, alpha, bias, n * channels, rule)
-    return pre.view(*lead, n), post.view(*lead, n), res.view(*lead, n, n), proj, square
+    parts = (pre.t(), (n,)), (post.t(), (n,)), (res.permute(1, 2, 0), (n, n))
+    return *(as_maps(part, lead, shape) for part, shape in parts), proj, square
 
 
 def coefficients_backward(
@@ -52,7 +54,7 @@ def coefficients_backward(
 
 def pre(x: Tensor, pre: Tensor) -> Tensor:
     """`h = sum_i pre_i x_i`."""
-    h = _mix(_rows(x, 2), _rows(pre, 1))
+    h = _mix(_rows(x, 2), _map_rows(pre, 1))
     return h.to(x.dtype).view(*x.shape[:-2], x.shape[-1])
 
 
@@ -66,7 +68,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Tensors:
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
-    y = _merge(_rows(x, 2), _rows(f, 1), _rows(post, 1), _rows(res, 2))
+    y = _merge(_rows(x, 2), _rows(f, 1), _map_rows(post, 1), _map_rows(res, 2))
     return y.view(x.shape)
 
 
@@ -96,7 +98,7 @@ def read_backward(
         wide, (g_pre, g_post, g_res), phi, alpha, bias, proj, square, rule, need_phi
     )
     if g_mix is not None:
-        grad = grad + _rows(pre, 1).unsqueeze(2) * g_mix.unsqueeze(1)
+        grad = grad + _map_rows(pre, 1).unsqueeze(2) * g_mix.unsqueeze(1)
     return grad.to(x.dtype).view(x.shape), *parameters
 
 
@@ -107,7 +109,9 @@ def seam(
     """`post_res`, `read` of its result, norm of h."""
     y = post_res(x, f, post, res)
     maps = coefficients(y, phi, alpha, bias, rule)
-    h = apply_norm(_mix(_rows(y, 2), _rows(maps[0], 1)), make_norm(norm, norm_eps, weight, shift))
+    h = apply_norm(
+        _mix(_rows(y, 2), _map_rows(maps[0], 1)), make_norm(norm, norm_eps, weight, shift)
+    )
     return y, h.to(x.dtype).view(*x.shape[:-2], x.shape[-1]), *maps
 
 
@@ -118,7 +122,7 @@ def seam_backward(
     proj: Tensor, square: Tensor, norm: str, norm_eps: float, rule: str, need_phi: bool = True,
 ) -> Tensors:  # fmt: skip
     """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`."""
-    wide, weights = _rows(y, 2).to(working_dtype(y.dtype)), _rows(pre_next, 1)
+    wide, weights = _rows(y, 2).to(working_dtype(y.dtype)), _map_rows(pre_next, 1)
     g_mix, affine = None, [x.new_empty(0), x.new_empty(0)]
     if g_h is not None:
         g_mix = _rows(g_h, 1).to(wide.dtype)
@@ -179,6 +183,17 @@ def _rows(tensor: Tensor, kept: int) -> Tensor:
     return tensor.reshape(count, *tensor.shape[tensor.dim() - kept :])
 
 
+def _map_rows(maps: Tensor, kept: int) -> Tensor:
+    """The same of maps, of which each component lies apart (`mhc_compile.map_layout`).
+
+    Contiguous, so that what is computed with them is: Inductor makes no copy for it.
+    """
+    own, count = maps.dim() - kept, maps.dim()
+    apart = maps.permute(*range(own, count), *range(own))
+    flat = apart.reshape(*apart.shape[:kept], math.prod(maps.shape[:own]))
+    return flat.permute(kept, *range(kept)).contiguous()
+
+
 def _merge(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     wide = x.to(working_dtype(x.dtype))
     y = post.unsqueeze(2) * f.to(wide.dtype).unsqueeze(1)
@@ -190,7 +205,7 @@ def _merge(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
 def _merge_backward(grad: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensors:
     """Gradients of a merge by its inputs, `grad: [T, n, C]` in the working dtype."""
     streams, branch = _rows(x, 2).to(grad.dtype), _rows(f, 1).to(grad.dtype)
-    weights, matrices = _rows(post, 1), _rows(res, 2)
+    weights, matrices = _map_rows(post, 1), _map_rows(res, 2)
     n = grad.shape[1]
     g_x = matrices[:, 0, :, None] * grad[:, None, 0]
     for i in range(1, n):
@@ -200,7 +215,7 @@ def _merge_backward(grad: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tenso
     g_post = _dots(branch, grad)
     results = (g_x, g_f, g_post, g_res)
     return tuple(
-        value.to(given.dtype).view(given.shape)
+        value.to(given.dtype).reshape(given.shape)
         for value, given in zip(results, (x, f, post, res), strict=True)
     )
 
@@ -238,7 +253,7 @@ def _project_backward(
     """The gradients by the streams, as far as the maps depend on them, by phi, alpha and bias."""
     tokens, n, channels = wide.shape
     by_row = [
-        None if grad is None else _rows(grad, kept)
+        None if grad is None else _map_rows(grad, kept)
         for grad, kept in zip(grads, (1, 1, 2), strict=True)
     ]
     g_proj, g_square, g_alpha, g_bias = torch.ops.mhc.maps_backward(

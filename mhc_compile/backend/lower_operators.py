@@ -18,36 +18,47 @@ from mhc_compile._torch_compat import (
     fake_mode_of,
     hash_of_files,
     inductor_decompositions,
+    size_hint,
+    statically_known_true,
 )
 from mhc_compile.backend import formulas
 from mhc_compile.backend.graph_nodes import arguments, mhc_op
 
 KEPT = ("maps", "maps_backward")
 """The operators that stay as they are."""
-_HERE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
+_SOURCES = (
+    "backend/lower_operators.py", "backend/formulas.py", "backend/graph_nodes.py",
+    "map_layout.py", "runtime/op_shapes.py", "runtime/ops.py", "runtime/fused_norm.py",
+)  # fmt: skip
 
 
 class LowerOperators(CustomGraphPass):
-    """The pass as Inductor runs it, with an identity for Inductor's caches."""
+    """The pass as Inductor runs it, with an identity for Inductor's caches.
 
-    def __init__(self, before: Any = None, seconds: dict[str, float] | None = None) -> None:
-        self.before = before
+    Where generated kernels run the operators, it lowers none (`lower`), and the identity is all.
+    """
+
+    def __init__(
+        self, lower: bool, before: Any = None, seconds: dict[str, float] | None = None
+    ) -> None:
+        self.lower, self.before = lower, before
         self.seconds = {} if seconds is None else seconds
 
     def __call__(self, graph: Graph) -> None:
         """Lowers every operator of a forward or backward graph, in place."""
         if self.before is not None:
             self.before(graph)
-        start = time.perf_counter()
-        lower_operators(graph, inductor_decompositions())
-        taken = time.perf_counter() - start
-        self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
+        if self.lower:
+            start = time.perf_counter()
+            lower_operators(graph, inductor_decompositions())
+            taken = time.perf_counter() - start
+            self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
 
     def uuid(self) -> Any:
-        """Changes with the formulas, and with the pass that runs before."""
+        """Changes with the formulas, with what the operators return, and with the pass before."""
         others = None if self.before is None else self.before.uuid()
-        sources = ("lower_operators.py", "formulas.py", "graph_nodes.py")
-        return hash_of_files(tuple(str(_HERE / name) for name in sources)), others
+        return hash_of_files(tuple(str(_PACKAGE / name) for name in _SOURCES)), self.lower, others
 
 
 def lower_operators(graph: Graph, decompositions: Any = None) -> None:
@@ -64,12 +75,19 @@ def lower_operators(graph: Graph, decompositions: Any = None) -> None:
         args = arguments(node)
         key = name, tuple(_key_of(arg) for arg in args)
         if key not in traced:
-            traced[key] = _trace(getattr(formulas, name), args, decompositions)
+            traced[key] = _trace(getattr(formulas, name), node, args, decompositions)
         _inline(graph, node, traced[key], args)
 
 
-def _trace(formula: Callable[..., Any], args: list[Any], decompositions: Any) -> GraphModule:
-    """The formula's ATen calls on the tensors and sizes among the arguments."""
+def _trace(
+    formula: Callable[..., Any], node: Node, args: list[Any], decompositions: Any
+) -> GraphModule:
+    """The formula's ATen calls on the tensors and sizes among the arguments.
+
+    Results lie in memory as the operator's, because what follows was traced with those.
+    """
+    promised = node.meta["val"]
+    wanted = (promised,) if isinstance(promised, Tensor) else promised
     places = [k for k, arg in enumerate(args) if isinstance(arg, Node)]
     values = [args[k].meta["val"] for k in places]
 
@@ -78,11 +96,26 @@ def _trace(formula: Callable[..., Any], args: list[Any], decompositions: Any) ->
         for place, value in zip(places, given, strict=True):
             whole[place] = value
         out = formula(*whole)
-        return out if isinstance(out, tuple) else (out,)
+        whole_out = out if isinstance(out, tuple) else (out,)
+        return tuple(
+            _laid_out_as(value, want) for value, want in zip(whole_out, wanted, strict=True)
+        )
 
     tensors = [value for value in values if isinstance(value, Tensor)]
     with fake_mode_of(tensors), torch.no_grad():
         return make_fx(call, decomposition_table=decompositions)(*values)
+
+
+def _laid_out_as(value: Tensor, wanted: Tensor) -> Tensor:
+    """A value with the strides of a dense tensor of its shape."""
+    strides = wanted.stride()
+    if all(
+        map(statically_known_true, (a == b for a, b in zip(value.stride(), strides, strict=True)))
+    ):
+        return value
+    order = sorted(range(value.dim()), key=lambda k: (-size_hint(strides[k]), k))
+    back = [order.index(k) for k in range(value.dim())]
+    return value.permute(order).contiguous().permute(back)
 
 
 def _inline(graph: Graph, node: Node, body: GraphModule, args: list[Any]) -> None:

@@ -52,9 +52,10 @@ def compile_with(
     if options.lower == "aot_eager":
         return aot_module(gm, inputs, lower_operators if written_out else None)
     config = options.inductor_config()
-    if written_out:
+    if record.operators:
         before = config.get("post_grad_custom_pre_pass", custom_pre_pass())
-        config["post_grad_custom_pre_pass"] = LowerOperators(before, record.seconds)
+        lowering = LowerOperators(written_out, before, record.seconds)
+        config["post_grad_custom_pre_pass"] = lowering
     return compile_with_inductor(gm, inputs, config)
 
 
