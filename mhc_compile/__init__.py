@@ -18,6 +18,8 @@ from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.runtime.streams import collapse_streams, expand_streams
+from mhc_compile.scheduler.overlap_plan import OverlapPlan
+from mhc_compile.scheduler.plan_pipeline import plan_pipeline
 from mhc_compile.stability import StabilityReport, stability
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "MHCError",
+    "OverlapPlan",
     "Report",
     "ResidualSite",
     "StabilityReport",
@@ -40,6 +43,7 @@ __all__ = [
     "is_transformed",
     "load_pretrained",
     "mhc_parameters",
+    "plan_pipeline",
     "reference",
     "report",
     "reset_mhc_parameters",

@@ -37,3 +37,7 @@ class TraceError(MHCError):
 
 class CheckpointError(MHCError):
     """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+class PlanError(MHCError):
+    """A pipeline plan breaks a rule, or its text is damaged."""

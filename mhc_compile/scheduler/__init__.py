@@ -1,0 +1,1 @@
+"""Plans without torch: recompute blocks, pipeline schedules, their simulation and views."""

@@ -1,0 +1,46 @@
+"""`plan_pipeline`: from P and M to a checked plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mhc_compile.scheduler.costs import Costs, read_costs
+from mhc_compile.scheduler.layout import Layout
+from mhc_compile.scheduler.orders import order_actions
+from mhc_compile.scheduler.overlap_plan import OverlapPlan
+
+
+def plan_pipeline(
+    ranks: int,
+    microbatches: int,
+    *,
+    variant: str = "dualpipev",
+    streams: int = 4,
+    costs: Mapping[str, Any] | Costs | None = None,
+) -> OverlapPlan:
+    """Plans one training step of a pipeline: what each rank runs, in which order, and when.
+
+    Args:
+        ranks: P, the pipeline's ranks.
+        microbatches: M, of both directions together.
+        variant: "1f1b" or "zb1p" (P stages); "dualpipe" (P stages, each on two ranks, microbatches
+            from both ends; P and M even, M >= 2P); "dualpipev" (2P stages in a V, M >= 2P).
+        streams: n, the streams at the stages' boundaries.
+        costs: durations of the actions in any one unit: F, B, I, W, and FB for an overlapped
+            pair; default F = 1, B = 2, I = 1, W = 1, FB = 3. `latency`, what a message to another
+            rank takes, is 0 unless given.
+
+    Returns:
+        The plan, checked: counts, order, matched messages, no deadlock, activations held.
+
+    Raises:
+        MHCError: P and M break the variant's rule, or a cost makes no sense.
+
+    Example:
+        >>> plan = plan_pipeline(8, 20, variant="dualpipe")
+        >>> plan.makespan, plan.bubble, plan.peak_in_flight[0]
+        (66.0, 6.0, 9)
+    """
+    layout = Layout(variant, ranks, microbatches)
+    return OverlapPlan(layout, streams, read_costs(costs), order_actions(layout))
