@@ -14,7 +14,10 @@ from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.render import render
 from mhc_compile.codegen.spec import DTYPES
 from mhc_compile.conventions import CONVENTIONS
-from mhc_compile.errors import MHCError
+from mhc_compile.errors import ConfigError, MHCError
+from mhc_compile.scheduler.layout import VARIANTS
+from mhc_compile.scheduler.plan_pipeline import plan_pipeline
+from mhc_compile.scheduler.write_plan import write_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,6 +41,33 @@ def _emit(arguments: argparse.Namespace) -> tuple[str, Any]:
     return "\n".join(entry["file"] for entry in written), {"kernels": written}
 
 
+def _plan(arguments: argparse.Namespace) -> tuple[str, Any]:
+    """Plans a pipeline and writes its views; returns what to print."""
+    plan = plan_pipeline(
+        arguments.ranks, arguments.microbatches, variant=arguments.variant,
+        streams=arguments.streams, costs=_costs(arguments.costs) if arguments.costs else None,
+    )  # fmt: skip
+    text, data = str(plan), {} if not arguments.json else json.loads(plan.to_json())
+    if arguments.out:
+        files, left_out = write_plan(plan, arguments.out)
+        notes = [f"{name} not written: {reason}" for name, reason in left_out.items()]
+        text += "\n\n" + "\n".join([*map(str, files), *notes])
+        data |= {"files": [str(file) for file in files], "left_out": left_out}
+    return text, data
+
+
+def _costs(text: str) -> dict[str, float]:
+    """Reads F=1,B=2,W=1,FB=3."""
+    costs = {}
+    for entry in text.split(","):
+        name, _, value = entry.partition("=")
+        try:
+            costs[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"costs must look like F=1,B=2,W=1,FB=3, got {entry!r}") from None
+    return costs
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("mhc-compile", description="Manifold-Constrained Hyper-Connections.")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -50,7 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     emit.add_argument("--tokens", type=int, default=8192, help="of a call; tiles depend on it")
     emit.add_argument("--convention", choices=CONVENTIONS, default="paper")
     emit.add_argument("--target", choices=("cuda", "hip", "interpret"), default="cuda")
-    for command in (emit,):
+    plan = commands.add_parser("plan", help="plan a pipeline: what each rank runs, and when")
+    plan.set_defaults(run=_plan)
+    plan.add_argument("--ranks", type=int, required=True, metavar="P")
+    plan.add_argument("--microbatches", type=int, required=True, metavar="M")
+    plan.add_argument("--variant", default=VARIANTS[0], help=", ".join(VARIANTS))
+    plan.add_argument("--streams", type=int, default=4, metavar="N")
+    plan.add_argument("--costs", type=str, help="of actions, e.g. F=1,B=2,I=1,W=1,FB=3")
+    plan.add_argument("--out", type=Path, help="directory for JSON, CSV, trace and pictures")
+    for command in (emit, plan):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

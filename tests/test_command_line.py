@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import mhc_compile as mc
 from mhc_compile.__main__ import main
 
+PLAN = ["plan", "--ranks", "4", "--microbatches", "8"]
 EMIT = ["emit", "--streams", "2", "--hidden", "48"]
 
 
@@ -32,6 +34,30 @@ def test_emit_json(tmp_path, capsys):
     assert gates["rule"]["name"] == "deepseek_v4"
 
 
+def test_plan(tmp_path, capsys):
+    assert main([*PLAN, "--variant", "dualpipe", "--out", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "makespan   26" in out and "bubble     2" in out
+    names = {"plan.json", "plan.csv", "plan.trace.json", "plan.svg", "plan.png"}
+    assert {file.name for file in (tmp_path / "new").iterdir()} == names
+    assert all(str(tmp_path / "new" / name) in out for name in names)
+
+
+def test_plan_without_what_cannot_be_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mhc_compile.scheduler.write_plan.MOST_EVENTS", 10)
+    monkeypatch.setattr("mhc_compile.scheduler.plot_plan.MOST_CELLS", 10)
+    assert main([*PLAN, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"plan.json", "plan.csv"}
+    assert "plan.trace.json not written" in out and "plan.png not written" in out
+
+
+def test_plan_json(capsys):
+    assert main([*PLAN, "--json", "--costs", "F=2,B=4,W=2,FB=6"]) == 0
+    plan = mc.OverlapPlan.from_json(capsys.readouterr().out)
+    assert plan == mc.plan_pipeline(4, 8, costs={"F": 2, "B": 4, "I": 2, "W": 2, "FB": 6})
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -41,6 +67,14 @@ def test_emit_json(tmp_path, capsys):
         ([*EMIT, "--out", "x", "--hidden", "-1"], "channels must be at least 1, got -1"),
         ([*EMIT, "--out", "x", "--streams", "9"], "streams must be 1 to 8, got 9"),
         ([*EMIT, "--out", __file__], "File exists"),
+        (["plan", "--ranks", "4"], "required: --microbatches"),
+        ([*PLAN, "--variant", "dualpip"], "did you mean 'dualpipe'"),
+        (["plan", "--ranks", "3", "--microbatches", "8", "--variant", "dualpipe"], "even number"),
+        (["plan", "--ranks", "4", "--microbatches", "7", "--out", "x"], "at least 2 * ranks = 8"),
+        (["plan", "--ranks", "four", "--microbatches", "8"], "invalid int value: 'four'"),
+        ([*PLAN, "--costs", "F=1,B"], "costs must look like F=1,B=2,W=1,FB=3, got 'B'"),
+        ([*PLAN, "--costs", "F=nan,B=2,I=1,W=1"], "cost F must be a finite number"),
+        ([*PLAN, "--out", __file__], "File exists"),
     ],
 )
 def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):

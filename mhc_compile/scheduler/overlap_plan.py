@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -13,11 +14,14 @@ import networkx as nx
 from mhc_compile.errors import ConfigError, PlanError
 from mhc_compile.scheduler.actions import Action
 from mhc_compile.scheduler.check_orders import check_orders
+from mhc_compile.scheduler.chrome_trace import trace_plan
 from mhc_compile.scheduler.closed_forms import ClosedForm, closed_form
 from mhc_compile.scheduler.costs import Costs, read_costs
 from mhc_compile.scheduler.layout import Layout
 from mhc_compile.scheduler.messages import Message, order_messages
 from mhc_compile.scheduler.orders import Orders
+from mhc_compile.scheduler.plan_tables import summarize, write_csv
+from mhc_compile.scheduler.plot_plan import plot_plan
 from mhc_compile.scheduler.simulate import Timeline, in_flight, simulate
 from mhc_compile.scheduler.task_graph import build_task_graph
 
@@ -41,7 +45,7 @@ class OverlapPlan:
     layout: Layout
     streams: int
     costs: Costs
-    orders: Orders
+    orders: Orders = field(repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.streams, bool) or not isinstance(self.streams, int) or self.streams < 1:
@@ -122,6 +126,25 @@ class OverlapPlan:
         """The same orders under other costs."""
         return replace(self, costs=read_costs(costs))
 
+    def actions_as_text(self) -> list[list[str]]:
+        """Every rank's actions as torch's runtime writes them, e.g. "(0F3;3B1)OVERLAP_F_B"."""
+        return [[str(action) for action in rank] for rank in self.actions]
+
+    def __str__(self) -> str:
+        return summarize(self)
+
+    def to_csv(self) -> str:
+        """CSV for torch's pipelining runtime, a row per rank, see `write_csv`."""
+        return write_csv(self)
+
+    def to_chrome_trace(self, unit_us: float = 1.0) -> str:
+        """Chrome-trace JSON for Perfetto, see `trace_plan`."""
+        return trace_plan(self, unit_us)
+
+    def plot(self, path: str | Path) -> None:
+        """Saves a Gantt picture as the path's ending says (.svg, .png), see `plot_plan`."""
+        plot_plan(self, path)
+
     def to_json(self) -> str:
         """Canonical JSON: equal plans have equal texts."""
         data = {
@@ -129,7 +152,7 @@ class OverlapPlan:
             **asdict(self.layout),
             "streams": self.streams,
             "costs": asdict(self.costs),
-            "actions": [[str(action) for action in rank] for rank in self.actions],
+            "actions": self.actions_as_text(),
             "makespan": self.makespan,
             "bubble": self.bubble,
             "peak_in_flight": self.peak_in_flight,

@@ -1,0 +1,66 @@
+"""A plan as text: its summary, what each rank does, and CSV for torch's pipeline runtime."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from mhc_compile.scheduler.actions import KINDS
+
+if TYPE_CHECKING:
+    from mhc_compile.scheduler.overlap_plan import OverlapPlan
+
+MOST_ROWS = 32
+
+
+def summarize(plan: OverlapPlan) -> str:
+    """Returns the plan's figures and a row per rank, of a wide pipeline the first and last 16."""
+    form, busy = plan.closed_form, plan.makespan - plan.bubble
+    held = plan.peak_in_flight
+    lines = [
+        f"{plan.variant}: {plan.ranks} ranks, {plan.microbatches} microbatches, "
+        f"{plan.layout.stages} stages, {plan.streams} streams",
+        f"costs      {', '.join(f'{kind} = {getattr(plan.costs, kind):g}' for kind in KINDS)}"
+        f", latency = {plan.costs.latency:g}",
+        f"makespan   {plan.makespan:g}",
+        f"bubble     {plan.bubble:g} ({plan.bubble / plan.makespan:.1%})"
+        if busy or plan.bubble
+        else "bubble     0",
+        f"formula    bubble {form.formula} = {form.bubble:g}, makespan {form.makespan:g}: "
+        + ("holds" if form.holds else f"need not hold; needs {form.conditions}"),
+        f"in flight  {min(held)} to {max(held)} chunks a rank",
+    ]
+    return "\n".join(lines) + "\n\n" + tabulate(_rows(plan), headers="keys")
+
+
+def _rows(plan: OverlapPlan) -> list[dict[str, object]]:
+    shown = list(range(plan.ranks))
+    if plan.ranks > MOST_ROWS:
+        shown = shown[: MOST_ROWS // 2] + shown[-MOST_ROWS // 2 :]
+    kinds = [kind for kind in KINDS if kind in {a.kind for a in plan.actions[0]}]
+    rows = []
+    for rank in shown:
+        counts = Counter(action.kind for action in plan.actions[rank])
+        rows.append({
+            "rank": rank,
+            "stages": ", ".join(str(stage) for stage, _ in plan.layout.slots(rank)),
+            **{kind: counts[kind] for kind in kinds},
+            "idle": f"{plan.timeline.idle[rank]:g}",
+            "in flight": plan.peak_in_flight[rank],
+        })  # fmt: skip
+    return rows
+
+
+def write_csv(plan: OverlapPlan) -> str:
+    """Returns a row per rank in the form that torch's pipelining runtime loads as compute_only.
+
+    torch lacks a notion of the bidirectional dualpipe: it reads these rows and then refuses them,
+    since two ranks hold each stage.
+    """
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(plan.actions_as_text())
+    return out.getvalue()
