@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.scheduler.actions import Action
+from mhc_compile.scheduler.stage_ops import SERVERS
 
 if TYPE_CHECKING:
     from mhc_compile.scheduler.overlap_plan import OverlapPlan
@@ -17,22 +18,43 @@ MOST_EVENTS = 500_000  # what Perfetto opens at ease; more is left out of writte
 def trace_plan(plan: OverlapPlan, unit_us: float = 1.0) -> str:
     """Returns the trace: a process per rank, a track per stream, an arrow per message.
 
+    Where the plan knows the actions' ops, each is a slice on its server's track, below its action
+    on the compute track.
+
     Args:
         plan: the plan.
         unit_us: us in one unit of the plan's costs.
     """
     events: list[dict[str, Any]] = []
+    tracks = TRACKS[:1] if plan.ops is None else TRACKS
     for rank in range(plan.ranks):
-        events += _name_tracks(rank, TRACKS[:1])
+        events += _name_tracks(rank, tracks)
         for step, action in enumerate(plan.actions[rank]):
-            start, end = plan.timeline.start[rank, step], plan.timeline.end[rank, step]
-            events.append({
-                "ph": "X", "name": name_action(action), "cat": action.kind, "pid": rank, "tid": 0,
-                "ts": float(start) * unit_us, "dur": float(end - start) * unit_us,
-                "args": {"cell": str(action), "step": step},
-            })  # fmt: skip
+            start = float(plan.timeline.start[rank, step])
+            end = float(plan.timeline.end[rank, step])
+            events.append(_slice(rank, 0, name_action(action), action.kind, start, end, unit_us))
+            events[-1]["args"] = {"cell": str(action), "step": step}
+            if plan.ops is not None:
+                ops = plan.ops.problem(action.kind).ops
+                for i, begin, finish in plan.ops.runs[action.kind].pieces:
+                    if finish > begin:
+                        events.append(_slice(
+                            rank, SERVERS.index(ops[i].server), ops[i].id, ops[i].chunk,
+                            start + begin, start + finish, unit_us,
+                        ))  # fmt: skip
     events += _arrows(plan, unit_us)
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
+
+
+def _slice(
+    rank: int, track: int, name: str, category: str, start: float, end: float, unit_us: float
+) -> dict[str, Any]:
+    """A slice; times are whole ns, so that a part never reaches beyond its whole."""
+    begin = round(start * unit_us, 3)
+    return {
+        "ph": "X", "name": name, "cat": category, "pid": rank, "tid": track,
+        "ts": begin, "dur": round(round(end * unit_us, 3) - begin, 3),
+    }  # fmt: skip
 
 
 def name_action(action: Action) -> str:
@@ -58,15 +80,15 @@ def _name_tracks(rank: int, tracks: tuple[str, ...]) -> list[dict[str, Any]]:
 def _arrows(plan: OverlapPlan, unit_us: float) -> list[dict[str, Any]]:
     """An arrow from the end of the action that sends to the start of the one that reads."""
     events: list[dict[str, Any]] = []
-    start, end = plan.timeline.start, plan.timeline.end
+    start, middle = plan.timeline.start, (plan.timeline.start + plan.timeline.end) / 2
     for number, message in enumerate(plan.messages()):
         common = {"name": f"{message.kind}{message.microbatch}", "cat": "message", "id": number}
-        middle = (start + end)[message.source, message.sent_after] / 2  # inside the slice
-        events.append({
-            "ph": "s", "pid": message.source, "tid": 0, "ts": float(middle) * unit_us, **common,
-        })  # fmt: skip
-        events.append({
-            "ph": "f", "bp": "e", "pid": message.target, "tid": 0, **common,
-            "ts": float(start[message.target, message.needed_by]) * unit_us,
-        })  # fmt: skip
+        sent = middle[message.source, message.sent_after]  # an arrow starts inside a slice
+        read = start[message.target, message.needed_by]
+        for time, rank, how in (
+            (sent, message.source, {"ph": "s"}),
+            (read, message.target, {"ph": "f", "bp": "e"}),
+        ):
+            ts = round(float(time) * unit_us, 3)
+            events.append({**how, "pid": rank, "tid": 0, "ts": ts, **common})
     return events

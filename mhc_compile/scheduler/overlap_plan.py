@@ -19,6 +19,7 @@ from mhc_compile.scheduler.closed_forms import ClosedForm, closed_form
 from mhc_compile.scheduler.costs import Costs, read_costs
 from mhc_compile.scheduler.layout import Layout
 from mhc_compile.scheduler.messages import Message, order_messages
+from mhc_compile.scheduler.op_plan import OpPlan
 from mhc_compile.scheduler.orders import Orders
 from mhc_compile.scheduler.plan_tables import summarize, write_csv
 from mhc_compile.scheduler.plot_plan import plot_plan
@@ -37,6 +38,7 @@ class OverlapPlan:
         streams: n, the streams at a stage's boundary.
         costs: of the actions.
         orders: every rank's actions, as arrays.
+        ops: the orders of the ops within actions, if the costs are from there.
 
     Raises:
         PlanError: the orders break a rule of `check_orders`, or deadlock.
@@ -46,10 +48,13 @@ class OverlapPlan:
     streams: int
     costs: Costs
     orders: Orders = field(repr=False)
+    ops: OpPlan | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.streams, bool) or not isinstance(self.streams, int) or self.streams < 1:
             raise ConfigError(f"streams must be an integer of at least 1, got {self.streams!r}")
+        if self.ops is not None and self.ops.action_costs != self.costs:
+            raise PlanError("the costs of the actions are not those of the plan's ops")
         check_orders(self.layout, self.orders)
         self.timeline  # noqa: B018  # finds deadlocks
 
@@ -123,8 +128,8 @@ class OverlapPlan:
         return build_task_graph(self.layout, self.orders, self.costs)
 
     def with_costs(self, costs: Mapping[str, Any] | Costs) -> OverlapPlan:
-        """The same orders under other costs."""
-        return replace(self, costs=read_costs(costs))
+        """The same orders under other costs of the actions."""
+        return replace(self, costs=read_costs(costs), ops=None)
 
     def actions_as_text(self) -> list[list[str]]:
         """Every rank's actions as torch's runtime writes them, e.g. "(0F3;3B1)OVERLAP_F_B"."""
@@ -152,6 +157,7 @@ class OverlapPlan:
             **asdict(self.layout),
             "streams": self.streams,
             "costs": asdict(self.costs),
+            "ops": None if self.ops is None else self.ops.to_dict(),
             "actions": self.actions_as_text(),
             "makespan": self.makespan,
             "bubble": self.bubble,
@@ -177,9 +183,10 @@ class OverlapPlan:
             layout = Layout(data["variant"], data["ranks"], data["microbatches"])
             actions = [[Action.parse(cell) for cell in rank] for rank in data["actions"]]
             streams, costs = data["streams"], read_costs(data["costs"])
+            ops = None if data["ops"] is None else OpPlan.from_dict(data["ops"])
         except (KeyError, TypeError) as error:
             raise PlanError(f"damaged plan: {error!r}; write it anew with to_json()") from None
-        plan = cls(layout, streams, costs, Orders.from_actions(actions))
+        plan = cls(layout, streams, costs, Orders.from_actions(actions), ops)
         for name in ("makespan", "bubble", "peak_in_flight"):
             if data.get(name) != getattr(plan, name):
                 raise PlanError(

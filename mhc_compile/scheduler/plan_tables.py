@@ -12,6 +12,7 @@ from tabulate import tabulate
 from mhc_compile.scheduler.actions import KINDS
 
 if TYPE_CHECKING:
+    from mhc_compile.scheduler.op_plan import OpPlan
     from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
 MOST_ROWS = 32
@@ -19,22 +20,36 @@ MOST_ROWS = 32
 
 def summarize(plan: OverlapPlan) -> str:
     """Returns the plan's figures and a row per rank, of a wide pipeline the first and last 16."""
-    form, busy = plan.closed_form, plan.makespan - plan.bubble
-    held = plan.peak_in_flight
+    form, held = plan.closed_form, plan.peak_in_flight
+    share = f" ({plan.bubble / plan.makespan:.1%})" if plan.makespan else ""
     lines = [
         f"{plan.variant}: {plan.ranks} ranks, {plan.microbatches} microbatches, "
         f"{plan.layout.stages} stages, {plan.streams} streams",
         f"costs      {', '.join(f'{kind} = {getattr(plan.costs, kind):g}' for kind in KINDS)}"
         f", latency = {plan.costs.latency:g}",
         f"makespan   {plan.makespan:g}",
-        f"bubble     {plan.bubble:g} ({plan.bubble / plan.makespan:.1%})"
-        if busy or plan.bubble
-        else "bubble     0",
+        f"bubble     {plan.bubble:g}{share}",
         f"formula    bubble {form.formula} = {form.bubble:g}, makespan {form.makespan:g}: "
         + ("holds" if form.holds else f"need not hold; needs {form.conditions}"),
         f"in flight  {min(held)} to {max(held)} chunks a rank",
     ]
-    return "\n".join(lines) + "\n\n" + tabulate(_rows(plan), headers="keys")
+    text = "\n".join(lines) + "\n\n" + tabulate(_rows(plan), headers="keys")
+    return text if plan.ops is None else f"{text}\n\n{summarize_ops(plan.ops)}"
+
+
+def summarize_ops(ops: OpPlan) -> str:
+    """Returns the pair's makespan beside other rules and lower bounds."""
+    rows = [(name, value, value / ops.makespan) for name, value in ops.comparisons().items()]
+    bounds = [(name, value, value / ops.makespan) for name, value in ops.bounds.items()]
+    where = "the high-priority stream" if ops.high_priority else "the ordinary compute stream"
+    return (
+        f"overlapped pair, provenance of its costs: {ops.costs.provenance}\n"
+        f"F_post,res of MLP sublayers on {where}\n\n"
+        + tabulate(rows, headers=["pair", "us", "of this plan"], floatfmt=("", ".1f", ".3f"))
+        + "\n\n"
+        + tabulate(bounds, headers=["lower bound", "us", "of this plan"],
+                   floatfmt=("", ".1f", ".3f"))
+    )  # fmt: skip
 
 
 def _rows(plan: OverlapPlan) -> list[dict[str, object]]:
