@@ -18,6 +18,7 @@ from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.runtime.streams import collapse_streams, expand_streams
+from mhc_compile.scheduler.op_costs import OpCosts, model_op_costs
 from mhc_compile.scheduler.overlap_plan import OverlapPlan
 from mhc_compile.scheduler.plan_pipeline import plan_pipeline
 from mhc_compile.stability import StabilityReport, stability
@@ -30,6 +31,7 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "MHCError",
+    "OpCosts",
     "OverlapPlan",
     "Report",
     "ResidualSite",
@@ -43,6 +45,7 @@ __all__ = [
     "is_transformed",
     "load_pretrained",
     "mhc_parameters",
+    "model_op_costs",
     "plan_pipeline",
     "reference",
     "report",

@@ -16,6 +16,7 @@ from mhc_compile.codegen.spec import DTYPES
 from mhc_compile.conventions import CONVENTIONS
 from mhc_compile.errors import ConfigError, MHCError
 from mhc_compile.scheduler.layout import VARIANTS
+from mhc_compile.scheduler.op_costs import OpCosts, model_op_costs
 from mhc_compile.scheduler.plan_pipeline import plan_pipeline
 from mhc_compile.scheduler.write_plan import write_plan
 
@@ -45,7 +46,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Any]:
     """Plans a pipeline and writes its views; returns what to print."""
     plan = plan_pipeline(
         arguments.ranks, arguments.microbatches, variant=arguments.variant,
-        streams=arguments.streams, costs=_costs(arguments.costs) if arguments.costs else None,
+        streams=arguments.streams, costs=_plan_costs(arguments),
     )  # fmt: skip
     text, data = str(plan), {} if not arguments.json else json.loads(plan.to_json())
     if arguments.out:
@@ -56,7 +57,27 @@ def _plan(arguments: argparse.Namespace) -> tuple[str, Any]:
     return text, data
 
 
-def _costs(text: str) -> dict[str, float]:
+def _plan_costs(arguments: argparse.Namespace) -> dict[str, Any] | OpCosts | None:
+    """Costs of actions (--costs), of ops from a file (--op-costs), or modelled from sizes."""
+    sizes = arguments.hidden is not None or arguments.tokens is not None
+    if sum((arguments.costs is not None, arguments.op_costs is not None, sizes)) > 1:
+        raise ConfigError("give one of --costs, --op-costs, and --hidden with --tokens")
+    if sizes:
+        if arguments.hidden is None or arguments.tokens is None:
+            raise ConfigError("modelled costs need both --hidden and --tokens")
+        return model_op_costs(
+            hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
+            layers=arguments.layers,
+        )  # fmt: skip
+    if arguments.op_costs is not None:
+        try:
+            return OpCosts.from_dict(json.loads(arguments.op_costs.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{arguments.op_costs}: {error}") from None
+    return None if arguments.costs is None else _costs(arguments.costs)
+
+
+def _costs(text: str) -> dict[str, Any]:
     """Reads F=1,B=2,W=1,FB=3."""
     costs = {}
     for entry in text.split(","):
@@ -86,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--microbatches", type=int, required=True, metavar="M")
     plan.add_argument("--variant", default=VARIANTS[0], help=", ".join(VARIANTS))
     plan.add_argument("--streams", type=int, default=4, metavar="N")
-    plan.add_argument("--costs", type=str, help="of actions, e.g. F=1,B=2,I=1,W=1,FB=3")
+    plan.add_argument("--costs", help="of actions, e.g. F=1,B=2,I=1,W=1,FB=3")
+    plan.add_argument("--op-costs", type=Path, metavar="FILE", help="of ops: JSON, us, OpCosts")
+    plan.add_argument("--hidden", type=int, metavar="C", help="model the ops' costs: channels")
+    plan.add_argument("--tokens", type=int, help="and tokens of a microbatch")
+    plan.add_argument("--layers", type=int, default=1, help="and layers of a stage")
     plan.add_argument("--out", type=Path, help="directory for JSON, CSV, trace and pictures")
     for command in (emit, plan):
         command.add_argument("--json", action="store_true", help="print JSON")

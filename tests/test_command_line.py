@@ -58,6 +58,16 @@ def test_plan_json(capsys):
     assert plan == mc.plan_pipeline(4, 8, costs={"F": 2, "B": 4, "I": 2, "W": 2, "FB": 6})
 
 
+def test_plan_of_ops(tmp_path, capsys):
+    assert main([*PLAN, "--hidden", "512", "--tokens", "128", "--layers", "2"]) == 0
+    assert "modelled" in capsys.readouterr().out
+    costs = mc.model_op_costs(hidden=512, tokens=128, layers=2)
+    (tmp_path / "costs.json").write_text(json.dumps(costs.to_dict()))
+    assert main([*PLAN, "--op-costs", str(tmp_path / "costs.json"), "--json"]) == 0
+    plan = mc.OverlapPlan.from_json(capsys.readouterr().out)
+    assert plan == mc.plan_pipeline(4, 8, costs=costs)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -75,6 +85,10 @@ def test_plan_json(capsys):
         ([*PLAN, "--costs", "F=1,B"], "costs must look like F=1,B=2,W=1,FB=3, got 'B'"),
         ([*PLAN, "--costs", "F=nan,B=2,I=1,W=1"], "cost F must be a finite number"),
         ([*PLAN, "--out", __file__], "File exists"),
+        ([*PLAN, "--hidden", "64"], "need both --hidden and --tokens"),
+        ([*PLAN, "--hidden", "64", "--tokens", "8", "--costs", "F=1"], "give one of --costs"),
+        ([*PLAN, "--op-costs", "nothing.json"], "No such file"),
+        ([*PLAN, "--op-costs", __file__], "Extra data"),
     ],
 )
 def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):

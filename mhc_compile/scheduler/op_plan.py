@@ -133,7 +133,7 @@ def plan_ops(costs: OpCosts) -> OpPlan:
     without it. The plain order, with everything on one compute stream, is among the candidates.
     """
     pairs = {high: search_order(_problem(costs, "FB", high)) for high in (True, False)}
-    high = pairs[True][1].makespan <= pairs[False][1].makespan
+    high = pairs[True][1].makespan <= pairs[False][1].makespan * (1 + 1e-9)
     orders = [
         pairs[high][0] if kind == "FB"
         else search_order(_problem(costs, kind, high), ALONE_TRIES)[0]

@@ -189,6 +189,37 @@ def test_communicators_that_work_in_order_do_not_deadlock(size):
     assert all(message.posted_before <= message.needed_by for message in messages)
 
 
+def runs_with_blocking_sends(plan):
+    """Executes with a batch before each action: the last one's sends, this one's receives.
+
+    A rank goes on when all of its batch is posted on the other side too.
+    """
+    batches = defaultdict(list)
+    for message in plan.messages():
+        batches[message.source, message.sent_after + 1].append(message)
+        batches[message.target, message.posted_before].append(message)
+    position, posted = [0] * plan.ranks, Counter()
+    for rank in range(plan.ranks):
+        posted.update(batches[rank, 0])
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(plan.actions):
+            batch = batches[rank, position[rank]]
+            if position[rank] <= len(actions) and all(posted[message] == 2 for message in batch):
+                position[rank] += 1
+                posted.update(batches[rank, position[rank]])
+                moved = True
+    return all(p > len(a) for p, a in zip(position, plan.actions, strict=True))
+
+
+@pytest.mark.parametrize("ranks, microbatches", [(2, 4), (4, 8), (8, 20)])
+def test_only_dualpipes_need_sends_that_do_not_block(ranks, microbatches):
+    for variant in VARIANTS:
+        plan = mc.plan_pipeline(ranks, microbatches, variant=variant)
+        assert runs_with_blocking_sends(plan) == (variant in ("1f1b", "zb1p"))
+
+
 def test_a_graph_with_a_cycle_is_refused():
     plan = mc.plan_pipeline(2, 2, variant="1f1b")
     graph = build_task_graph(plan.layout, plan.orders, plan.costs)
@@ -209,3 +240,15 @@ def test_nothing_here_imports_torch():
             else:
                 continue
             assert not any(name.split(".")[0] in ("torch", "triton") for name in names), file
+
+
+def test_the_tables_of_the_docs():
+    text = (Path(__file__).parents[2] / "docs" / "pipeline.md").read_text()
+    variants = ("1f1b", "zb1p", "dualpipe", "dualpipev")
+    for ranks, microbatches in ((8, 20), (4, 8), (16, 64)):
+        cells = []
+        for variant in variants:
+            plan = mc.plan_pipeline(ranks, microbatches, variant=variant)
+            share = f"{100 * plan.bubble / plan.makespan:.1f} %"
+            cells.append(f"{plan.makespan:g}, {plan.bubble:g} ({share})")
+        assert f"| {ranks}, {microbatches} | {' | '.join(cells)} |" in text
