@@ -10,8 +10,8 @@ from mhc_compile.errors import PlanError
 KINDS = ("F", "B", "I", "W", "FB")
 F, B, I, W, FB = range(len(KINDS))  # noqa: E741  # the field's names; codes in arrays
 
-_SIMPLE = re.compile(r"(\d+)([FBIW])(\d+)")
-_PAIR = re.compile(r"\((\d+)F(\d+);(\d+)B(\d+)\)OVERLAP_F_B")
+_SIMPLE = re.compile(r"(\d{1,9})([FBIW])(\d{1,9})")
+_PAIR = re.compile(r"\((\d{1,9})F(\d{1,9});(\d{1,9})B(\d{1,9})\)OVERLAP_F_B")
 
 
 class Action(NamedTuple):

@@ -6,9 +6,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mhc_compile.scheduler.actions import Action
-from mhc_compile.scheduler.stage_ops import SERVERS
+from mhc_compile.scheduler.stage_ops import OUT, SERVERS
 
 if TYPE_CHECKING:
+    from mhc_compile.scheduler.op_plan import OpPlan
     from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
 TRACKS = ("compute", "high-priority compute", "all-to-all", "pipeline out", "pipeline in")
@@ -26,24 +27,41 @@ def trace_plan(plan: OverlapPlan, unit_us: float = 1.0) -> str:
         unit_us: us in one unit of the plan's costs.
     """
     events: list[dict[str, Any]] = []
-    tracks = TRACKS[:1] if plan.ops is None else TRACKS
     for rank in range(plan.ranks):
-        events += _name_tracks(rank, tracks)
+        slices = []
         for step, action in enumerate(plan.actions[rank]):
             start = float(plan.timeline.start[rank, step])
             end = float(plan.timeline.end[rank, step])
-            events.append(_slice(rank, 0, name_action(action), action.kind, start, end, unit_us))
-            events[-1]["args"] = {"cell": str(action), "step": step}
+            slices.append(_slice(rank, 0, name_action(action), action.kind, start, end, unit_us))
+            slices[-1]["args"] = {"cell": str(action), "step": step}
             if plan.ops is not None:
-                ops = plan.ops.problem(action.kind).ops
-                for i, begin, finish in plan.ops.runs[action.kind].pieces:
-                    if finish > begin:
-                        events.append(_slice(
-                            rank, SERVERS.index(ops[i].server), ops[i].id, ops[i].chunk,
-                            start + begin, start + finish, unit_us,
-                        ))  # fmt: skip
+                slices += _op_slices(plan.ops, action.kind, rank, start, unit_us)
+        tracks = TRACKS[:1] if plan.ops is None else TRACKS
+        _queue_sends(slices)
+        events += [*_name_tracks(rank, tracks), *slices]
     events += _arrows(plan, unit_us)
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, separators=(",", ":"))
+
+
+def _op_slices(
+    plan: OpPlan, kind: str, rank: int, start: float, unit_us: float
+) -> list[dict[str, Any]]:
+    """The ops of an action that begins at `start`, each on its server's track."""
+    ops = plan.problems[kind].ops
+    return [
+        _slice(rank, SERVERS.index(ops[i].server), ops[i].id, ops[i].chunk, start + begin,
+               start + end, unit_us)
+        for i, begin, end in plan.runs[kind].pieces if end > begin
+    ]  # fmt: skip
+
+
+def _queue_sends(slices: list[dict[str, Any]]) -> None:
+    """Lets each send wait for the one before it, as the simulation does."""
+    end = 0.0
+    for event in slices:
+        if event["tid"] == OUT:
+            event["ts"] = max(event["ts"], end)
+            end = round(event["ts"] + event["dur"], 3)
 
 
 def _slice(

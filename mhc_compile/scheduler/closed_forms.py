@@ -35,16 +35,18 @@ def closed_form(layout: Layout, costs: Costs) -> ClosedForm:
     """
     P, M, c = layout.ranks, layout.microbatches, costs  # noqa: N806
     split = math.isclose(c.B, c.I + c.W)
-    instant = c.latency == 0 and c.f_ready == c.b_ready == c.FB
+    instant = c.latency == c.transfer == 0 and c.f_ready == c.b_ready == c.FB
     if layout.variant == "1f1b":
         bubble = (P - 1) * (c.F + c.B)
-        return ClosedForm(M * (c.F + c.B) + bubble, bubble, "(P-1)(F+B)", instant, "no latency")
+        return ClosedForm(
+            M * (c.F + c.B) + bubble, bubble, "(P-1)(F+B)", instant, "no latency or transfer"
+        )
     if layout.variant == "zb1p":
         bubble = (P - 1) * (c.F + c.B - 2 * c.W)
         return ClosedForm(
             M * (c.F + c.B) + bubble, bubble, "(P-1)(F+B-2W)",
             instant and split and M >= P and c.W <= min(c.I, c.F),
-            "no latency, B = I + W, W <= F, W <= I, M >= P",
+            "no latency or transfer, B = I + W, W <= F, W <= I, M >= P",
         )  # fmt: skip
     if layout.variant == "dualpipev":
         P, M = 2 * P, 2 * M  # the same orders as DualPipe's on twice the ranks  # noqa: N806
@@ -53,5 +55,5 @@ def closed_form(layout: Layout, costs: Costs) -> ClosedForm:
         (P + 1) * (c.F + c.B) + (M - P - 1) * c.FB + bubble, bubble,
         "(P/2-1)(FB+B-3W)" if layout.variant == "dualpipe" else "(P-1)(FB+B-3W)",
         instant and split and math.isclose(c.I, c.F) and c.W <= c.F,
-        "no latency, B = I + W, I = F, W <= F",
+        "no latency or transfer, B = I + W, I = F, W <= F",
     )  # fmt: skip

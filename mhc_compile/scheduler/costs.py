@@ -24,6 +24,7 @@ class Costs:
         W: the gradient of its weights alone.
         FB: a forward overlapped with a backward.
         latency: what a message to another rank takes; to a stage of the same rank, nothing.
+        transfer: besides, how long it keeps its sender's link busy; the next one waits.
         f_ready: when an "FB"'s forward output can be sent, counted from its start; None: its end.
         b_ready: the same of its backward.
 
@@ -37,6 +38,7 @@ class Costs:
     W: float = 1.0
     FB: float = 3.0
     latency: float = 0.0
+    transfer: float = 0.0
     f_ready: float = None  # type: ignore[assignment]  # resolved in __post_init__
     b_ready: float = None  # type: ignore[assignment]
 

@@ -32,10 +32,11 @@ class Message(NamedTuple):
     needed_by: int
 
 
-def order_messages(layout: Layout, orders: Orders) -> list[Message]:
+def order_messages(layout: Layout, orders: Orders, backward_first: bool = False) -> list[Message]:
     """Returns all messages by communicator, and within one in the order both sides post them.
 
-    That order is the one in which they are made, of an overlapped pair's two the forward's first.
+    That order is the one in which they are made, of an overlapped pair's two the forward's first
+    unless backward_first.
     Receives are posted as late as this order allows. In a DualPipe the target reads a few in
     another order, so that it posts some before it needs them. Sends must not block: then a
     message that both sides posted finds every earlier one of its communicator posted too, and
@@ -56,7 +57,7 @@ def order_messages(layout: Layout, orders: Orders) -> list[Message]:
     for key, (source, sent) in made.items():
         target, needed = read.get(key, (source, 0))
         if target != source:
-            found.append((source, target, sent, key[0] == "B", key, needed))
+            found.append((source, target, sent, (key[0] == "B") != backward_first, key, needed))
     found.sort(reverse=True)
     messages: list[Message] = []
     for source, target, sent, _, key, needed in found:

@@ -47,16 +47,17 @@ class OpPlan:
             raise PlanError(f"an op plan needs the orders of {', '.join(KINDS)}")
         self.runs  # noqa: B018  # checks the orders
 
-    def problem(self, kind: str) -> OpProblem:
-        """The ops of a kind of action and how their servers work."""
-        return _problem(self.costs, kind, self.high_priority)
+    @cached_property
+    def problems(self) -> dict[str, OpProblem]:
+        """The ops of each kind of action and how their servers work."""
+        return {kind: _problem(self.costs, kind, self.high_priority) for kind in KINDS}
 
     @cached_property
     def runs(self) -> dict[str, OpRun]:
         """When the ops of each kind of action run, from the action's start."""
         runs = {}
         for kind, order in zip(KINDS, self.orders, strict=True):
-            problem = self.problem(kind)
+            problem = self.problems[kind]
             if sorted(order) != list(range(len(problem.ops))):
                 raise PlanError(f"the order of {kind} must name each of its ops once")
             run = run_order(problem, order)
@@ -73,22 +74,22 @@ class OpPlan:
     @property
     def bounds(self) -> dict[str, float]:
         """What no order of the pair can beat, see `lower_bounds`."""
-        return lower_bounds(self.problem("FB"))
+        return lower_bounds(self.problems["FB"])
 
     @cached_property
     def action_costs(self) -> Costs:
         """Durations of the actions: up to their last op that is no send.
 
-        The message is the latency; a pair's outputs can be sent when the pair's run sends them.
+        Messages are transfers; a pair's outputs are ready when the pair's run sends them.
         """
-        work = {kind: end_of_work(self.problem(kind), run) for kind, run in self.runs.items()}
-        pair, index = self.runs["FB"], self.problem("FB").index
-        f_sent, b_sent = pair.end[index["F.send"]], pair.end[index["B.send"]]
-        send = self.costs.send
+        work = {kind: end_of_work(self.problems[kind], run) for kind, run in self.runs.items()}
+        pair, index = self.runs["FB"], self.problems["FB"].index
         return Costs(
-            **work, latency=send, f_ready=max(f_sent - send, 0), b_ready=max(b_sent - send, 0)
-        )
+            **work, transfer=self.costs.send,
+            f_ready=pair.start[index["F.send"]], b_ready=pair.start[index["B.send"]],
+        )  # fmt: skip
 
+    @cached_property
     def comparisons(self) -> dict[str, float]:
         """Makespans of the pair under other rules, each searched alike, in us."""
         costs, runs = self.costs, self.runs
@@ -102,13 +103,13 @@ class OpPlan:
             "forward, then backward": runs["F"].makespan + runs["B"].makespan,
             "without high priority": search_order(one_stream)[1].makespan,
             "with it, attention persistent": search_order(persistent)[1].makespan,
-            "sends after the pair": end_of_work(self.problem("FB"), runs["FB"]) + 2 * costs.send,
+            "sends after the pair": end_of_work(self.problems["FB"], runs["FB"]) + 2 * costs.send,
         }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; orders as the ops' ids."""
         ids = {
-            kind: [self.problem(kind).ops[i].id for i in order]
+            kind: [self.problems[kind].ops[i].id for i in order]
             for kind, order in zip(KINDS, self.orders, strict=True)
         }
         return {

@@ -121,7 +121,7 @@ class OverlapPlan:
 
     def messages(self) -> list[Message]:
         """What ranks send each other, in the order in which both sides post it."""
-        return order_messages(self.layout, self.orders)
+        return order_messages(self.layout, self.orders, self.costs.b_ready < self.costs.f_ready)
 
     def task_graph(self) -> nx.DiGraph:
         """The plan as a networkx graph of actions, see `build_task_graph`."""

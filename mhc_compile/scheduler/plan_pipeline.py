@@ -31,9 +31,9 @@ def plan_pipeline(
         streams: n, the streams at the stages' boundaries.
         costs: durations of the actions in any one unit: F, B, I, W, and FB for an overlapped
             pair; default F = 1, B = 2, I = 1, W = 1, FB = 3. `latency`, what a message to another
-            rank takes, is 0 unless given. Or durations of ops in us, an `OpCosts` or a dict with
-            its names: then the orders of the ops within the actions are searched, and the actions
-            cost what comes out.
+            rank takes, and `transfer`, how long it keeps the link busy, are 0 unless given. Or
+            durations of ops in us, an `OpCosts` or a dict with its names: then the orders of the
+            ops within the actions are searched, and the actions cost what comes out.
 
     Returns:
         The plan, checked: counts, order, matched messages, no deadlock, activations held.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tabulate import tabulate
 
 from mhc_compile.scheduler.actions import KINDS
@@ -26,7 +26,7 @@ def summarize(plan: OverlapPlan) -> str:
         f"{plan.variant}: {plan.ranks} ranks, {plan.microbatches} microbatches, "
         f"{plan.layout.stages} stages, {plan.streams} streams",
         f"costs      {', '.join(f'{kind} = {getattr(plan.costs, kind):g}' for kind in KINDS)}"
-        f", latency = {plan.costs.latency:g}",
+        f", latency = {plan.costs.latency:g}, transfer = {plan.costs.transfer:g}",
         f"makespan   {plan.makespan:g}",
         f"bubble     {plan.bubble:g}{share}",
         f"formula    bubble {form.formula} = {form.bubble:g}, makespan {form.makespan:g}: "
@@ -39,7 +39,7 @@ def summarize(plan: OverlapPlan) -> str:
 
 def summarize_ops(ops: OpPlan) -> str:
     """Returns the pair's makespan beside other rules and lower bounds."""
-    rows = [(name, value, value / ops.makespan) for name, value in ops.comparisons().items()]
+    rows = [(name, value, value / ops.makespan) for name, value in ops.comparisons.items()]
     bounds = [(name, value, value / ops.makespan) for name, value in ops.bounds.items()]
     where = "the high-priority stream" if ops.high_priority else "the ordinary compute stream"
     return (
@@ -56,14 +56,14 @@ def _rows(plan: OverlapPlan) -> list[dict[str, object]]:
     shown = list(range(plan.ranks))
     if plan.ranks > MOST_ROWS:
         shown = shown[: MOST_ROWS // 2] + shown[-MOST_ROWS // 2 :]
-    kinds = [kind for kind in KINDS if kind in {a.kind for a in plan.actions[0]}]
+    used = np.unique(plan.orders.kind[0])
     rows = []
     for rank in shown:
-        counts = Counter(action.kind for action in plan.actions[rank])
+        counts = (plan.orders.kind[rank][:, None] == np.arange(len(KINDS))).sum(0)
         rows.append({
             "rank": rank,
             "stages": ", ".join(str(stage) for stage, _ in plan.layout.slots(rank)),
-            **{kind: counts[kind] for kind in kinds},
+            **{kind: counts[code] for code, kind in enumerate(KINDS) if code in used},
             "idle": f"{plan.timeline.idle[rank]:g}",
             "in flight": plan.peak_in_flight[rank],
         })  # fmt: skip

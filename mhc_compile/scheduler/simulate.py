@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,18 +25,18 @@ class Timeline:
     start: np.ndarray
     end: np.ndarray
 
-    @property
+    @cached_property
     def makespan(self) -> float:
         """The end of the last action."""
         return float(np.nanmax(self.end))
 
-    @property
+    @cached_property
     def idle(self) -> list[float]:
         """For each rank, the part of the makespan in which it runs nothing."""
         busy = np.nansum(self.end - self.start, axis=1)
         return [float(value) for value in self.makespan - busy]
 
-    @property
+    @cached_property
     def bubble(self) -> float:
         """The idle time of the rank that idles longest."""
         return max(self.idle)
@@ -44,45 +45,41 @@ class Timeline:
 def simulate(layout: Layout, orders: Orders, costs: Costs) -> Timeline:
     """Runs each rank's actions in order, each as soon as the one before it and its inputs allow.
 
-    Sends are asynchronous, receives block. In every round all ranks whose next action has its
-    inputs advance by one, as arrays over the ranks: O(longest + stages) rounds of O(P).
+    Sends are asynchronous, receives block. A rank's messages leave one after another, in the
+    order of its actions, of a pair's two the one that is ready first. In every round all ranks
+    whose next action has its inputs advance by one, as arrays over the ranks: O(longest + stages)
+    rounds of O(P).
 
     Raises:
         PlanError: no rank can go on (a deadlock), with what each of the first ones waits for.
     """
     ranks, longest = orders.kind.shape
     last_stage = layout.stages - 1
-    durations, latency = costs.of_kinds(), costs.latency
-    every = np.arange(ranks)
+    durations = costs.of_kinds()
     lengths = orders.lengths
-    # When outputs are there: of forwards, and of the gradients of inputs. Infinite: not yet.
+    # When outputs are where they are read: of forwards, and of gradients. Infinite: not yet.
     f_done = np.full((layout.stages, layout.microbatches), np.inf)
     b_done = np.full((layout.stages, layout.microbatches), np.inf)
     start = np.full((ranks, longest), np.nan)
     end = np.full((ranks, longest), np.nan)
     position = np.zeros(ranks, dtype=np.int64)
     free = np.zeros(ranks)
+    links = _Links(costs, ranks)
 
-    active = every
+    active = np.arange(ranks)
     while active.size:
         at = position[active]
         kind = orders.kind[active, at]
+        # absent parts are -1, which wraps to some entry that the masks leave out
         fs, fm = orders.f_stage[active, at], orders.f_microbatch[active, at]
         bs, bm = orders.b_stage[active, at], orders.b_microbatch[active, at]
-        ready = free[active]
-
-        # absent parts are -1, which wraps to some entry that the masks leave out
-        below = np.maximum(fs - 1, 0)
-        far = layout.rank_of(below, fm) != active
-        arrival = f_done[below, fm] + latency * far
-        ready = np.where(fs > 0, np.maximum(ready, arrival), ready)
         back = (bs >= 0) & (kind != W)
-        above = np.minimum(bs + 1, last_stage)
-        far = layout.rank_of(above, bm) != active
-        arrival = np.where(bs < last_stage, b_done[above, bm] + latency * far, f_done[bs, bm])
+        ready = free[active]
+        ready = np.where(fs > 0, np.maximum(ready, f_done[np.maximum(fs - 1, 0), fm]), ready)
+        above = b_done[np.minimum(bs + 1, last_stage), bm]
+        ready = np.where(back & (bs < last_stage), np.maximum(ready, above), ready)
         own = np.where(kind == W, b_done[bs, bm], f_done[bs, bm])
-        ready = np.where(back, np.maximum(ready, arrival), ready)
-        ready = np.where(bs >= 0, np.where(np.isfinite(own), ready, np.inf), ready)
+        ready = np.where((bs >= 0) & ~np.isfinite(own), np.inf, ready)
 
         go = np.isfinite(ready)
         if not go.any():
@@ -94,14 +91,40 @@ def simulate(layout: Layout, orders: Orders, costs: Costs) -> Timeline:
         start[active, at] = ready
         end[active, at] = free[active] = finish
         position[active] += 1
-        pair = kind == FB
+        f_ready = np.where(kind == FB, ready + costs.f_ready, finish)
+        b_ready = np.where(kind == FB, ready + costs.b_ready, finish)
+        f_far = (fs >= 0) & (fs < last_stage) & (layout.rank_of(fs + 1, fm) != active)
+        b_far = back & (bs > 0) & (layout.rank_of(bs - 1, bm) != active)
+        f_out, b_out = links.send(active, f_ready, f_far, b_ready, b_far)
         forward = fs >= 0
-        f_out = np.where(pair, ready + costs.f_ready, finish)
         f_done[fs[forward], fm[forward]] = f_out[forward]
-        b_out = np.where(pair, ready + costs.b_ready, finish)
         b_done[bs[back], bm[back]] = b_out[back]
         active = np.flatnonzero(position < lengths)
     return Timeline(start, end)
+
+
+class _Links:
+    """Each rank's way out, one message at a time."""
+
+    def __init__(self, costs: Costs, ranks: int) -> None:
+        self.costs, self.free = costs, np.zeros(ranks)
+
+    def send(
+        self, active: np.ndarray, f_ready: np.ndarray, f_far: np.ndarray, b_ready: np.ndarray,
+        b_far: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """When the outputs of the active ranks' actions arrive; those not far at once."""
+        if not self.costs.transfer:
+            return f_ready + self.costs.latency * f_far, b_ready + self.costs.latency * b_far
+        b_first = f_far & b_far & (b_ready < f_ready)
+        f_out = self._queue(active, f_ready, f_far & ~b_first)
+        b_out = self._queue(active, b_ready, b_far)
+        return np.where(b_first, self._queue(active, f_ready, b_first), f_out), b_out
+
+    def _queue(self, active: np.ndarray, ready: np.ndarray, far: np.ndarray) -> np.ndarray:
+        through = np.maximum(ready, self.free[active]) + self.costs.transfer
+        self.free[active] = np.where(far, through, self.free[active])
+        return np.where(far, through + self.costs.latency, ready)
 
 
 def _deadlock(orders: Orders, active: np.ndarray, at: np.ndarray) -> str:

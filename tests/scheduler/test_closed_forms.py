@@ -67,6 +67,7 @@ def test_dualpipe_where_its_formula_holds(size, f, w, hidden):
         ("dualpipe", 10, 26, {"F": 4, "I": 1, "W": 3, "FB": 7}),  # I < F
         ("dualpipe", 10, 22, {"F": 3, "I": 5, "W": 2, "FB": 9}),  # I > F
         ("1f1b", 4, 8, {"F": 1, "B": 2, "I": 1, "W": 1, "latency": 0.5}),
+        ("1f1b", 4, 8, {"F": 1, "B": 2, "I": 1, "W": 1, "transfer": 0.5}),
     ],
 )
 def test_where_a_formula_does_not_hold(variant, ranks, microbatches, costs):

@@ -170,11 +170,11 @@ def test_plan_of_ops():
     plan = mc.plan_pipeline(8, 20, costs=costs)
     assert plan == mc.plan_pipeline(8, 20, costs=costs.to_dict())
     assert mc.OverlapPlan.from_json(plan.to_json()) == plan
-    others = plan.ops.comparisons()
+    others = plan.ops.comparisons
     for name in ("plain order, one compute stream", "without high priority"):
         assert plan.ops.makespan <= others[name]
     assert plan.ops.makespan >= max(plan.ops.bounds.values()) * (1 - 1e-9)
-    late = {kind: getattr(plan.costs, kind) for kind in KINDS} | {"latency": plan.costs.latency}
+    late = {kind: getattr(plan.costs, kind) for kind in KINDS} | {"transfer": plan.costs.transfer}
     assert plan.makespan < plan.simulate(late).makespan  # an early send is worth something
     assert plan.costs.f_ready < plan.costs.FB and not plan.closed_form.holds
     text = str(plan)
@@ -188,8 +188,10 @@ def test_more_streams_cost_more():
     assert plan_ops(four).makespan > plan_ops(one).makespan
 
 
-def test_chrome_trace_has_a_track_per_server():
-    plan = mc.plan_pipeline(2, 4, costs=model_op_costs(hidden=1024, tokens=512, layers=2))
+@pytest.mark.parametrize("link_gbs", [40, 0.5])  # at 0.5 sends wait for each other
+def test_chrome_trace_has_a_track_per_server(link_gbs):
+    costs = model_op_costs(hidden=1024, tokens=512, layers=2, link_gbs=link_gbs)
+    plan = mc.plan_pipeline(2, 4, costs=costs)
     events = json.loads(plan.to_chrome_trace())["traceEvents"]
     tracks = {(e["pid"], e["tid"]) for e in events if e.get("name") == "thread_name"}
     assert tracks == set(itertools.product(range(2), range(5)))

@@ -45,6 +45,7 @@ def test_sizes(arguments, message):
         ({"F": 1, "B": 1, "W": 2}, "cost I must be .* at least 0, got -1"),
         ({"F": 1, "B": 2}, "costs must give I, W too"),
         ({"F": 1, "B": 2, "I": 1, "W": 1, "latency": -1}, "cost latency"),
+        ({"F": 1, "B": 2, "I": 1, "W": 1, "transfer": -1}, "cost transfer"),
         ({"F": 1, "G": 2}, "costs has no 'G'"),
         ([1, 2, 1, 1, 3], "costs must be a dict"),
     ],
