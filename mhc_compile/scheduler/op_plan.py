@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mhc_compile.errors import PlanError
 from mhc_compile.scheduler.actions import KINDS
 from mhc_compile.scheduler.costs import Costs
 from mhc_compile.scheduler.op_costs import OpCosts
+from mhc_compile.scheduler.plot_ops import plot_ops
 from mhc_compile.scheduler.run_ops import OpProblem, OpRun
 from mhc_compile.scheduler.search_order import (
     Order,
@@ -105,6 +107,10 @@ class OpPlan:
             "with it, attention persistent": search_order(persistent)[1].makespan,
             "sends after the pair": end_of_work(self.problems["FB"], runs["FB"]) + 2 * costs.send,
         }
+
+    def plot(self, path: str | Path) -> None:
+        """Saves a picture of the pair as the path's ending says, see `plot_ops`."""
+        plot_ops(self, path)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; orders as the ops' ids."""

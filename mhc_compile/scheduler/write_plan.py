@@ -28,9 +28,12 @@ def write_plan(plan: OverlapPlan, directory: Path) -> tuple[list[Path], dict[str
     for name, view in views.items():
         files.append(directory / name)
         files[-1].write_text(view())
-    for name in ("plan.svg", "plan.png"):
+    pictures: dict[str, Callable[[Path], None]] = {"plan.svg": plan.plot, "plan.png": plan.plot}
+    if plan.ops is not None:
+        pictures |= {"pair.svg": plan.ops.plot, "pair.png": plan.ops.plot}
+    for name, draw in pictures.items():
         try:
-            plan.plot(directory / name)
+            draw(directory / name)
             files.append(directory / name)
         except PlanError as error:
             left_out[name] = str(error)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from mhc_compile.scheduler.search_order import (
     search_order,
 )
 from mhc_compile.scheduler.stage_ops import Op, build_ops
+from mhc_compile.scheduler.write_plan import write_plan
 
 LARGE = "attention_F attention_B attention_W mlp_F mlp_B mlp_W dispatch combine send".split()
 SMALL = "coefficients_F coefficients_B pre_F pre_B post_res_F post_res_B".split()
@@ -179,6 +181,17 @@ def test_plan_of_ops():
     assert plan.costs.f_ready < plan.costs.FB and not plan.closed_form.holds
     text = str(plan)
     assert "provenance" in text and "modelled" in text and "critical path" in text
+
+
+def test_pictures_of_a_pair(tmp_path, monkeypatch):
+    plan = mc.plan_pipeline(2, 4, costs=model_op_costs(hidden=7168, tokens=4096))
+    files, left_out = write_plan(plan, tmp_path)
+    assert {"pair.svg", "pair.png"} <= {file.name for file in files} and not left_out
+    assert (tmp_path / "pair.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(mc.MHCError, match="pictures need matplotlib"):
+        plan.ops.plot(tmp_path / "no.png")
+    assert set(write_plan(plan, tmp_path)[1]) == {"plan.svg", "plan.png", "pair.svg", "pair.png"}
 
 
 def test_more_streams_cost_more():

@@ -1,13 +1,18 @@
 """The simulation on arrays against one action at a time, with latency, links and early outputs."""
 
 import math
+import random
 
+import networkx as nx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler.test_orders import run_with_communicators, sizes
 
 import mhc_compile as mc
 from mhc_compile.scheduler.costs import Costs
+from mhc_compile.scheduler.orders import Orders
+from mhc_compile.scheduler.simulate import simulate
+from mhc_compile.scheduler.task_graph import build_task_graph, check_task_graph
 
 times = st.integers(0, 6).map(float)
 
@@ -79,3 +84,29 @@ def test_a_busy_link_delays():
     assert plan.timeline.start[1, :4].tolist() == [4, 5, 7, 8]
     free = plan.simulate({"F": 1, "B": 2, "I": 1, "W": 1, "latency": 3})
     assert free.start[1, 2] == 7 and free.makespan <= plan.makespan
+
+
+@given(sizes(), st.integers(0, 10**6))
+@settings(max_examples=80, deadline=None)
+def test_a_deadlock_is_a_cycle(size, seed):
+    """Shuffled orders: the simulation refuses exactly those whose task graph has a cycle."""
+    variant, ranks, microbatches = size
+    plan = mc.plan_pipeline(ranks, microbatches, variant=variant)
+    rng = random.Random(seed)
+    actions = [list(rank) for rank in plan.actions]
+    for _ in range(3):
+        row = rng.choice(actions)
+        row.insert(rng.randrange(len(row)), row.pop(rng.randrange(len(row))))
+    orders = Orders.from_actions(actions)
+    graph = build_task_graph(plan.layout, orders, plan.costs)
+    try:
+        timeline = simulate(plan.layout, orders, plan.costs)
+    except mc.MHCError as error:
+        assert "deadlock" in str(error) and not nx.is_directed_acyclic_graph(graph)
+    else:
+        check_task_graph(graph)
+        assert timeline.makespan >= max(map(sum, durations_of(actions, plan.costs)))
+
+
+def durations_of(actions, costs):
+    return [[getattr(costs, action.kind) for action in rank] for rank in actions]
