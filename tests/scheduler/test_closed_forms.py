@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler.test_orders import sizes
+from pipelines import sizes
 
 import mhc_compile as mc
 

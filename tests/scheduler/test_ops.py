@@ -153,7 +153,7 @@ def test_against_every_order(seed):
 def test_against_the_exact_solver():
     """Sixteen pairs of invented durations: never below the optimum, nearly always at it."""
     pytest.importorskip("ortools.sat.python.cp_model")
-    from scheduler.exact import least_makespan
+    from exact_makespan import least_makespan
 
     gaps = []
     for seed in range(8):

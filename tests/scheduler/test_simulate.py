@@ -6,7 +6,7 @@ import random
 import networkx as nx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler.test_orders import run_with_communicators, sizes
+from pipelines import run_with_communicators, sizes
 
 import mhc_compile as mc
 from mhc_compile.scheduler.costs import Costs

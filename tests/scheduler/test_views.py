@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 from hypothesis import given, settings
-from scheduler.test_orders import sizes
+from pipelines import sizes
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 

@@ -4,11 +4,11 @@ No contention, whole durations. A preemptible compute op is a chain of pieces of
 between its first and its last piece only hp ops may have the SMs.
 """
 
-from ortools.sat.python import cp_model
-
 
 def least_makespan(problem, seconds=20, hint=None):
     """Returns (makespan, whether it is proven)."""
+    from ortools.sat.python import cp_model  # here: pytest imports this file for its doctests
+
     model = cp_model.CpModel()
     durations = [int(op.duration) for op in problem.ops]
     assert all(a == op.duration for a, op in zip(durations, problem.ops, strict=True))
