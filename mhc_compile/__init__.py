@@ -18,7 +18,14 @@ from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.runtime.streams import collapse_streams, expand_streams
-from mhc_compile.scheduler import RecomputePlan, solve_recompute
+from mhc_compile.scheduler import (
+    OpCosts,
+    OverlapPlan,
+    RecomputePlan,
+    model_op_costs,
+    plan_pipeline,
+    solve_recompute,
+)
 from mhc_compile.stability import StabilityReport, stability
 
 __version__ = "0.1.0"
@@ -29,6 +36,8 @@ __all__ = [
     "HyperConnection",
     "MHCConfig",
     "MHCError",
+    "OpCosts",
+    "OverlapPlan",
     "RecomputePlan",
     "Report",
     "ResidualSite",
@@ -42,6 +51,8 @@ __all__ = [
     "is_transformed",
     "load_pretrained",
     "mhc_parameters",
+    "model_op_costs",
+    "plan_pipeline",
     "reference",
     "report",
     "reset_mhc_parameters",

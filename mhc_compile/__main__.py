@@ -14,9 +14,13 @@ from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.render import render
 from mhc_compile.codegen.spec import DTYPES
 from mhc_compile.conventions import CONVENTIONS
-from mhc_compile.errors import MHCError
+from mhc_compile.errors import ConfigError, MHCError
+from mhc_compile.scheduler.layout import VARIANTS
 from mhc_compile.scheduler.objectives import OBJECTIVES
+from mhc_compile.scheduler.op_costs import OpCosts, model_op_costs
+from mhc_compile.scheduler.plan_pipeline import plan_pipeline
 from mhc_compile.scheduler.solve_recompute import solve_recompute
+from mhc_compile.scheduler.write_plan import write_plan
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,6 +97,53 @@ def _add_recompute(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan(arguments: argparse.Namespace) -> tuple[str, Any]:
+    """Plans a pipeline and writes its views; returns what to print."""
+    plan = plan_pipeline(
+        arguments.ranks, arguments.microbatches, variant=arguments.variant,
+        streams=arguments.streams, costs=_plan_costs(arguments),
+    )  # fmt: skip
+    text, data = str(plan), {} if not arguments.json else json.loads(plan.to_json())
+    if arguments.out:
+        files, left_out = write_plan(plan, arguments.out)
+        notes = [f"{name} not written: {reason}" for name, reason in left_out.items()]
+        text += "\n\n" + "\n".join([*map(str, files), *notes])
+        data |= {"files": [str(file) for file in files], "left_out": left_out}
+    return text, data
+
+
+def _plan_costs(arguments: argparse.Namespace) -> dict[str, Any] | OpCosts | None:
+    """Costs of actions (--costs), of ops from a file (--op-costs), or modelled from sizes."""
+    sizes = arguments.hidden is not None or arguments.tokens is not None
+    if sum((arguments.costs is not None, arguments.op_costs is not None, sizes)) > 1:
+        raise ConfigError("give one of --costs, --op-costs, and --hidden with --tokens")
+    if sizes:
+        if arguments.hidden is None or arguments.tokens is None:
+            raise ConfigError("modelled costs need both --hidden and --tokens")
+        return model_op_costs(
+            hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
+            layers=arguments.layers,
+        )  # fmt: skip
+    if arguments.op_costs is not None:
+        try:
+            return OpCosts.from_dict(json.loads(arguments.op_costs.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{arguments.op_costs}: {error}") from None
+    return None if arguments.costs is None else _costs(arguments.costs)
+
+
+def _costs(text: str) -> dict[str, Any]:
+    """Reads F=1,B=2,W=1,FB=3."""
+    costs = {}
+    for entry in text.split(","):
+        name, _, value = entry.partition("=")
+        try:
+            costs[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"costs must look like F=1,B=2,W=1,FB=3, got {entry!r}") from None
+    return costs
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("mhc-compile", description="Manifold-Constrained Hyper-Connections.")
     commands = parser.add_subparsers(metavar="command", required=True)
@@ -107,7 +158,19 @@ def _parser() -> argparse.ArgumentParser:
     emit.add_argument("--target", choices=("cuda", "hip", "interpret"), default="cuda")
     recompute = commands.add_parser("recompute", help="choose the blocks to recompute together")
     _add_recompute(recompute)
-    for command in (emit, recompute):
+    plan = commands.add_parser("plan", help="plan a pipeline: what each rank runs, and when")
+    plan.set_defaults(run=_plan)
+    plan.add_argument("--ranks", type=int, required=True, metavar="P")
+    plan.add_argument("--microbatches", type=int, required=True, metavar="M")
+    plan.add_argument("--variant", default=VARIANTS[0], help=", ".join(VARIANTS))
+    plan.add_argument("--streams", type=int, default=4, metavar="N")
+    plan.add_argument("--costs", help="of actions, e.g. F=1,B=2,I=1,W=1,FB=3")
+    plan.add_argument("--op-costs", type=Path, metavar="FILE", help="of ops: JSON, us, OpCosts")
+    plan.add_argument("--hidden", type=int, metavar="C", help="model the ops' costs: channels")
+    plan.add_argument("--tokens", type=int, help="and tokens of a microbatch")
+    plan.add_argument("--layers", type=int, default=1, help="and layers of a stage")
+    plan.add_argument("--out", type=Path, help="directory for JSON, CSV, trace and pictures")
+    for command in (emit, recompute, plan):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -45,3 +45,7 @@ class MemoryBudgetError(MHCError):
     def __init__(self, message: str, minimum: float) -> None:
         super().__init__(message)
         self.minimum = minimum
+
+
+class PlanError(MHCError):
+    """A pipeline plan breaks a rule, or its text is damaged."""

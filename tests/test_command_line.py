@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import mhc_compile as mc
 from mhc_compile.__main__ import main
 from mhc_compile.scheduler import solve_recompute
 
+PLAN = ["plan", "--ranks", "4", "--microbatches", "8"]
 EMIT = ["emit", "--streams", "2", "--hidden", "48"]
 SOLVE = ["recompute", "--layers", "12", "--streams", "4"]
 
@@ -53,6 +55,40 @@ def test_recompute_json(capsys):
     assert json.loads(capsys.readouterr().out) == plan.to_dict()
 
 
+def test_plan(tmp_path, capsys):
+    assert main([*PLAN, "--variant", "dualpipe", "--out", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert "makespan   26" in out and "bubble     2" in out
+    names = {"plan.json", "plan.csv", "plan.trace.json", "plan.svg", "plan.png"}
+    assert {file.name for file in (tmp_path / "new").iterdir()} == names
+    assert all(str(tmp_path / "new" / name) in out for name in names)
+
+
+def test_plan_without_what_cannot_be_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mhc_compile.scheduler.write_plan.MOST_EVENTS", 10)
+    monkeypatch.setattr("mhc_compile.scheduler.plot_plan.MOST_CELLS", 10)
+    assert main([*PLAN, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert {file.name for file in tmp_path.iterdir()} == {"plan.json", "plan.csv"}
+    assert "plan.trace.json not written" in out and "plan.png not written" in out
+
+
+def test_plan_json(capsys):
+    assert main([*PLAN, "--json", "--costs", "F=2,B=4,W=2,FB=6"]) == 0
+    plan = mc.OverlapPlan.from_json(capsys.readouterr().out)
+    assert plan == mc.plan_pipeline(4, 8, costs={"F": 2, "B": 4, "I": 2, "W": 2, "FB": 6})
+
+
+def test_plan_of_ops(tmp_path, capsys):
+    assert main([*PLAN, "--hidden", "512", "--tokens", "128", "--layers", "2"]) == 0
+    assert "modelled" in capsys.readouterr().out
+    costs = mc.model_op_costs(hidden=512, tokens=128, layers=2)
+    (tmp_path / "costs.json").write_text(json.dumps(costs.to_dict()))
+    assert main([*PLAN, "--op-costs", str(tmp_path / "costs.json"), "--json"]) == 0
+    plan = mc.OverlapPlan.from_json(capsys.readouterr().out)
+    assert plan == mc.plan_pipeline(4, 8, costs=costs)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -72,6 +108,18 @@ def test_recompute_json(capsys):
         ([*SOLVE, "--objective", "best"], "invalid choice: 'best'"),
         ([*SOLVE, "--objective", "budget"], "memory_budget=SIZE belong together"),
         ([*SOLVE, "--objective", "budget", "--budget", "9"], "memory_budget must be at least 39"),
+        (["plan", "--ranks", "4"], "required: --microbatches"),
+        ([*PLAN, "--variant", "dualpip"], "did you mean 'dualpipe'"),
+        (["plan", "--ranks", "3", "--microbatches", "8", "--variant", "dualpipe"], "even number"),
+        (["plan", "--ranks", "4", "--microbatches", "7", "--out", "x"], "at least 2 * ranks = 8"),
+        (["plan", "--ranks", "four", "--microbatches", "8"], "invalid int value: 'four'"),
+        ([*PLAN, "--costs", "F=1,B"], "costs must look like F=1,B=2,W=1,FB=3, got 'B'"),
+        ([*PLAN, "--costs", "F=nan,B=2,I=1,W=1"], "cost F must be a finite number"),
+        ([*PLAN, "--out", __file__], "File exists"),
+        ([*PLAN, "--hidden", "64"], "need both --hidden and --tokens"),
+        ([*PLAN, "--hidden", "64", "--tokens", "8", "--costs", "F=1"], "give one of --costs"),
+        ([*PLAN, "--op-costs", "nothing.json"], "No such file"),
+        ([*PLAN, "--op-costs", __file__], "Extra data"),
     ],
 )
 def test_mistakes(arguments, message, capsys, tmp_path, monkeypatch):
