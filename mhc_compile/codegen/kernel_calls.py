@@ -96,7 +96,12 @@ class KernelCalls:
         return as_components(tensor.float(), len(shape))
 
     def by_token(self, components: Tensor, *shape: int) -> Tensor:
-        """The view `[..., *shape]` of `[k, tokens]`."""
+        """The view `[..., *shape]` of `[k, tokens]`.
+
+        A copy where it would not start at 16 bytes, which Inductor expects of results.
+        """
+        if components.storage_offset() * components.element_size() % 16:
+            components = components.clone()
         return as_maps(components, self.lead, shape)
 
     def mixing(self, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor]:
