@@ -20,8 +20,13 @@ from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.stability import StabilityReport, stability
 
-_SEAM = "split_phi, project with mix, read"
-"""The generated kernels of a seam's forward, see docs/kernels.md."""
+_TRITON = {
+    "seam": "split_phi, project with mix, read",
+    "rms norm": "the seam's read",
+    "layer norm": "the seam's read",
+    "merge and collapse": "pre",
+}
+"""The generated kernels of a fusion's forward, see docs/kernels.md."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +174,14 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
 def _uses(graphs: tuple[GraphRecord, ...]) -> tuple[KernelUse, ...]:
     uses = []
     for number, graph in enumerate(graphs):
-        runs = {
-            "triton": f"Triton: {_SEAM}", "formulas": "Inductor, from its formula",
-            "operators": "torch operators",
-        }[graph.kernels]  # fmt: skip
-        uses += [KernelUse(number, f.site, f.kind, True, "", runs) for f in graph.fused]
-        uses += [KernelUse(number, f.site, f.kind, False, f.reason, "") for f in graph.not_fused]
+        for done in graph.fused:
+            runs = {
+                "triton": f"Triton: {_TRITON.get(done.kind, '')}",
+                "formulas": "Inductor, from its formula",
+                "operators": "torch operators",
+            }[graph.kernels]
+            uses.append(KernelUse(number, done.site, done.kind, True, "", runs))
+        uses += [KernelUse(number, n.site, n.kind, False, n.reason, "") for n in graph.not_fused]
     return tuple(uses)
 
 

@@ -23,6 +23,7 @@ from mhc_compile._torch_compat import (
 )
 from mhc_compile.backend import formulas
 from mhc_compile.backend.graph_nodes import arguments, mhc_op
+from mhc_compile.runtime.precision import autocast_off
 
 KEPT = ("maps", "maps_backward")
 """The operators that stay as they are."""
@@ -102,7 +103,7 @@ def _trace(
         )
 
     tensors = [value for value in values if isinstance(value, Tensor)]
-    with fake_mode_of(tensors), torch.no_grad():
+    with fake_mode_of(tensors), torch.no_grad(), autocast_off(tensors[0]):
         return make_fx(call, decomposition_table=decompositions)(*values)
 
 
