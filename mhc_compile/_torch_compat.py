@@ -13,10 +13,12 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 __all__ = [
     "AUTOCAST_DEVICES",
+    "CheckpointPolicy",
     "CustomGraphPass",
     "HigherOrderOperator",
     "OpOverload",
@@ -34,11 +36,13 @@ __all__ = [
     "fake_mode_of",
     "force_eager",
     "hash_of_files",
+    "custom_joint_pass",
     "inductor_decompositions",
     "inductor_mode_options",
     "inductor_option_names",
     "is_internal",
     "log_artifact",
+    "is_view_call",
     "no_nested_tensor_fastpath",
     "size_hint",
     "statically_known_true",
@@ -188,15 +192,22 @@ def compile_with_inductor(gm: Any, inputs: Any, settings: dict[str, Any]) -> Any
     return compile_fx(gm, inputs, config_patches=settings)
 
 
-def aot_module(gm: Any, inputs: Any, change: Any = None) -> Any:
-    """Runs AOTAutograd on a graph; forward and backward run call by call after `change`."""
+def aot_module(gm: Any, inputs: Any, before_partition: Any, change: Any) -> Any:
+    """Runs AOTAutograd on a graph; forward and backward run call by call.
+
+    `before_partition` changes the joint graph, `change` the forward and the backward graph.
+    """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch.fx.graph import _BoxedCodeGen
 
+    def partition(joint: Any, *args: Any, **kwargs: Any) -> Any:
+        before_partition(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
     def run(graph_module: Any, _: Any) -> Any:
-        if change is not None:
-            change(graph_module.graph)
+        change(graph_module.graph)
         # Boxed, so that a saved tensor is freed after its last use.
         graph_module.graph.set_codegen(_BoxedCodeGen())
         graph_module.recompile()
@@ -207,9 +218,24 @@ def aot_module(gm: Any, inputs: Any, change: Any = None) -> Any:
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
 
-    return aot_autograd(
-        fw_compiler=run, bw_compiler=run, partition_fn=min_cut_rematerialization_partition
-    )(gm, inputs)
+    return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition)(gm, inputs)
+
+
+def is_view_call(node: Any) -> bool:
+    """Whether a node of an ATen graph only looks at its argument's memory in another way."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return False
+    return target.is_view or target in (
+        torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default
+    )  # fmt: skip
+
+
+def custom_joint_pass() -> Any:
+    """The pass over joint graphs that Inductor's settings name."""
+    from torch._inductor import config
+
+    return config.joint_custom_post_pass
 
 
 def log_artifact(name: str, text: Callable[[], str]) -> None:

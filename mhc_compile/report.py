@@ -75,6 +75,7 @@ class Report:
         """The tables: title, headers and rows."""
         graphs = [
             [k, g.device, g.options.lower, g.kernels, sum(g.operators.values()), g.count("seam"),
+             _rebuilt(g),
              f"{1e3 * sum(g.seconds.values()):.1f}", "; ".join(g.notes)]
             for k, g in enumerate(self.graphs)
         ]  # fmt: skip
@@ -82,7 +83,7 @@ class Report:
             ("Residuals rewritten", ["site", "stream", "channels", "source"],
              [[s.name, s.stream, s.channels, s.source] for s in self.sites]),
             ('Graphs compiled by backend="mhc"', ["graph", "device", "lower", "operators run by",
-             "operators", "seams", "passes ms", "notes"], graphs),
+             "operators", "seams", "sublayers rebuilt", "passes ms", "notes"], graphs),
             ("Fused", ["graph", "site", "fusion", "run by"],
              [[k.graph, k.site, k.fusion, k.runs] for k in self.kernels if k.fused]),
             ("Not fused", ["graph", "site", "fusion", "reason"],
@@ -104,7 +105,8 @@ class Report:
         """The report as a JSON object; what was not measured is null."""
         graphs = [
             {"options": _plain(asdict(g.options)), "device": g.device, "kernels": g.kernels,
-             "operators": g.operators, "seconds": g.seconds, "notes": g.notes}
+             "operators": g.operators, "blocks": g.blocks, "rebuilt": g.rebuilt,
+             "seconds": g.seconds, "notes": g.notes}
             for g in self.graphs
         ]  # fmt: skip
         return json.dumps({
@@ -169,6 +171,16 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         args, kwargs = resolve_inputs(plain, example_inputs)
         measured = stability(plain, *args, **kwargs)
     return Report(sites, _uses(graphs), graphs, measured)
+
+
+def _rebuilt(graph: GraphRecord) -> str:
+    """How many sublayers' streams the backward rebuilds, of how many, in which blocks."""
+    if graph.options.recompute == "off":
+        return "off"
+    if graph.rebuilt is None:
+        return "not seen: no backward yet, or one from Inductor's cache"
+    layers = sum(map(sum, graph.blocks))
+    return f"{graph.rebuilt} of {layers}, blocks {', '.join(map(str, graph.blocks))}"
 
 
 def _uses(graphs: tuple[GraphRecord, ...]) -> tuple[KernelUse, ...]:

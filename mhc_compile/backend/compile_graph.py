@@ -74,10 +74,13 @@ def mhc(
         )
         record.notes.append(note)
         warnings.warn(f"backend='mhc': {note}", stacklevel=2)
-    if record.operators and chosen.recompute != "off":
-        record.notes.append(f"recompute={chosen.recompute!r} is not run yet: nothing is recomputed")
-        if options and "recompute" in options:
-            warnings.warn(f"backend='mhc': {record.notes[-1]}", stacklevel=2)
+    if (
+        record.operators
+        and chosen.recompute != "off"
+        and (chosen.lower == "eager" or not chosen.fuse)
+    ):
+        record.notes.append("nothing is recomputed: that needs fuse=True and another lower=")
+        warnings.warn(f"backend='mhc': {record.notes[-1]}", stacklevel=2)
     keep(record)
     return lowerings.compile_with(gm, example_inputs, chosen, record)
 

@@ -66,6 +66,15 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Tensors:
     return g_x.to(x.dtype), g_pre.to(pre.dtype).view(pre.shape)
 
 
+def pre_norm(
+    x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str, norm_eps: float
+) -> Tensor:
+    """The h of `seam` from its y and its map pre."""
+    mixed = _mix(_rows(x, 2), _map_rows(pre, 1))
+    h = apply_norm(mixed, make_norm(norm, norm_eps, weight, shift))
+    return h.to(x.dtype).view(*x.shape[:-2], x.shape[-1])
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     y = _merge(_rows(x, 2), _rows(f, 1), _map_rows(post, 1), _map_rows(res, 2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -37,24 +36,20 @@ _SOURCES = (
 class LowerOperators(CustomGraphPass):
     """The pass as Inductor runs it, with an identity for Inductor's caches.
 
-    Where generated kernels run the operators, it lowers none (`lower`), and the identity is all.
+    Where generated kernels run the operators, it lowers none (`lower`). In any case it tells
+    `seen` of the graph first.
     """
 
-    def __init__(
-        self, lower: bool, before: Any = None, seconds: dict[str, float] | None = None
-    ) -> None:
-        self.lower, self.before = lower, before
-        self.seconds = {} if seconds is None else seconds
+    def __init__(self, lower: bool, before: Any, seen: Callable[[Graph], None]) -> None:
+        self.lower, self.before, self.seen = lower, before, seen
 
     def __call__(self, graph: Graph) -> None:
         """Lowers every operator of a forward or backward graph, in place."""
         if self.before is not None:
             self.before(graph)
+        self.seen(graph)
         if self.lower:
-            start = time.perf_counter()
             lower_operators(graph, inductor_decompositions())
-            taken = time.perf_counter() - start
-            self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
 
     def uuid(self) -> Any:
         """Changes with the formulas, with what the operators return, and with the pass before."""
@@ -104,7 +99,11 @@ def _trace(
 
     tensors = [value for value in values if isinstance(value, Tensor)]
     with fake_mode_of(tensors), torch.no_grad(), autocast_off(tensors[0]):
-        return make_fx(call, decomposition_table=decompositions)(*values)
+        # Apart from each other: two nodes may share a fake tensor, and tracing goes by identity.
+        apart = [
+            v.new_empty_strided(v.shape, v.stride()) if isinstance(v, Tensor) else v for v in values
+        ]
+        return make_fx(call, decomposition_table=decompositions)(*apart)
 
 
 def _laid_out_as(value: Tensor, wanted: Tensor) -> Tensor:

@@ -7,12 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
-from mhc_compile._torch_compat import aot_module, compile_with_inductor, custom_pre_pass
+from mhc_compile._torch_compat import (
+    aot_module,
+    compile_with_inductor,
+    custom_joint_pass,
+    custom_pre_pass,
+)
 from mhc_compile.backend.graph_nodes import graphs, mhc_op, value_of
 from mhc_compile.backend.lower_operators import LowerOperators, lower_operators
 from mhc_compile.backend.options import Options
+from mhc_compile.backend.recompute import Recompute
 from mhc_compile.backend.records import GraphRecord
 from mhc_compile.codegen.spec import MAX_STREAMS
 from mhc_compile.errors import MHCError
@@ -49,13 +55,21 @@ def compile_with(
     if options.lower == "eager":
         return gm.forward
     written_out = bool(record.operators) and record.kernels == "formulas"
+    recompute = Recompute(options, record, custom_joint_pass())
     if options.lower == "aot_eager":
-        return aot_module(gm, inputs, lower_operators if written_out else None)
+
+        def change(graph: Graph) -> None:
+            recompute.verify(graph)
+            if written_out:
+                lower_operators(graph)
+
+        return aot_module(gm, inputs, recompute, change)
     config = options.inductor_config()
     if record.operators:
         before = config.get("post_grad_custom_pre_pass", custom_pre_pass())
-        lowering = LowerOperators(written_out, before, record.seconds)
+        lowering = LowerOperators(written_out, before, recompute.verify)
         config["post_grad_custom_pre_pass"] = lowering
+        config["joint_custom_post_pass"] = recompute
     return compile_with_inductor(gm, inputs, config)
 
 

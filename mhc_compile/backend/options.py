@@ -34,7 +34,7 @@ class Options:
         inductor: Inductor's own settings, as its `options=`.
     """
 
-    recompute: str | int | tuple[int, ...] = "paper"
+    recompute: str | int | tuple[int, ...] = "off"
     memory_budget: int | None = None
     fuse: bool = True
     lower: str = "inductor"

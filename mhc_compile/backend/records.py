@@ -45,6 +45,9 @@ class GraphRecord:
         operators: how often each operator of mhc occurred in it, as captured.
         fused: what was fused.
         not_fused: what was not, each with its reason.
+        blocks: the recompute plan, sizes of blocks in sublayers, of each chain of seams.
+        rebuilt: how many sublayers' streams the backward really rebuilds; None as long as no
+            backward was compiled, and where it came from Inductor's cache.
         seconds: what each pass took.
         notes: anything else that a user should know.
     """
@@ -55,6 +58,8 @@ class GraphRecord:
     operators: dict[str, int] = field(default_factory=dict)
     fused: list[Fused] = field(default_factory=list)
     not_fused: list[NotFused] = field(default_factory=list)
+    blocks: list[tuple[int, ...]] = field(default_factory=list)
+    rebuilt: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)

@@ -57,6 +57,17 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     return g_x, call.by_token(g_pre.to(pre.dtype), call.n)
 
 
+def pre_norm(
+    x: Tensor, pre: Tensor, weight: Tensor | None, shift: Tensor | None, norm: str, norm_eps: float
+) -> Tensor:
+    """The h of `seam` from its y and its map pre."""
+    call = _calls(x)
+    _check_norm(norm)
+    maps = call.by_component(pre, call.n)
+    h = call.pre(call.streams(x), maps, weight, shift, norm, norm_eps)
+    return h.view(*call.lead, call.channels)
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     call = _calls(x)

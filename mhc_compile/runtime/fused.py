@@ -117,6 +117,18 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Tensors:
     return outer(pre, g_h, x.dtype), maps_like(pre, g_pre)
 
 
+def pre_norm(
+    x: Tensor,
+    pre: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    norm_eps: float,
+) -> Tensor:
+    """The h of `seam` from its y and its map pre."""
+    return mix(x, pre, make_norm(norm, norm_eps, weight, shift))
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     return merge(x, f, post, res)

@@ -88,6 +88,18 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Tensors:
     return _like(x), _like_maps(pre, 1)
 
 
+def pre_norm(
+    x: Tensor,
+    pre: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    norm_eps: float,
+) -> Tensor:
+    """`[..., C]` in x's dtype."""
+    return x.new_empty((*x.shape[:-2], x.shape[-1]))
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """Like x."""
     return _like(x)

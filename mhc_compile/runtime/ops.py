@@ -42,6 +42,7 @@ SCHEMAS = {
     "SymInt width, str rule) -> (Tensor g_proj, Tensor g_square, Tensor g_alpha, Tensor g_bias)",
     "pre": "(Tensor x, Tensor pre) -> Tensor",
     "pre_backward": "(Tensor g_h, Tensor x, Tensor pre) -> (Tensor g_x, Tensor g_pre)",
+    "pre_norm": f"(Tensor x, Tensor pre, {_NORM}, str norm, float norm_eps) -> Tensor",
     "post_res": f"({_STREAMS}) -> Tensor",
     "post_res_backward": f"(Tensor g_y, {_STREAMS}) -> "
     "(Tensor g_x, Tensor g_f, Tensor g_post, Tensor g_res)",
@@ -63,7 +64,8 @@ SCHEMAS = {
 """The operators by name. Each is implemented in `fused`, and for CUDA in `codegen.launch`.
 
 `maps` and `maps_backward` are the part of `coefficients` between the products and the maps, for
-graphs in which the rest was written out (`mhc_compile.backend.formulas`).
+graphs in which the rest was written out (`mhc_compile.backend.formulas`). `pre_norm` is h of a
+seam again, from streams and maps that are there, for backward graphs.
 """
 _TORCH_ONLY = ("maps", "maps_backward")
 _STREAMS_AT = {

@@ -1,0 +1,175 @@
+"""The recompute plan is what the backward does: kept, rebuilt, equal bit by bit."""
+
+import warnings
+
+import pytest
+import torch
+from test_passes import C, N, Sublayers
+from torch.nn import functional as F
+
+from mhc_compile.backend import mhc
+from mhc_compile.backend.options import parse_options
+from mhc_compile.backend.recompute import Recompute
+from mhc_compile.backend.records import GraphRecord, last_record
+
+L = 7
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*(TensorFloat32|torch.jit|dynamo_pgo).*")
+        yield
+    torch.compiler.reset()
+
+
+def gradients(call, model, x, seed=3):
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    out = call(leaf)
+    whole = sum(out) if isinstance(out, tuple) else out
+    (whole * torch.linspace(-1, 1, whole.numel()).view(whole.shape).cos()).sum().backward()
+    return [
+        whole.detach(),
+        leaf.grad,
+        *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+    ]
+
+
+def run(model, x, recompute, lower, **options):
+    torch.compiler.reset()
+    options = {"lower": lower, "recompute": recompute, **options}
+    return gradients(torch.compile(model, backend=mhc, fullgraph=True, options=options), model, x)
+
+
+def states_kept(monkeypatch):
+    """Notes how many n-stream tensors each forward graph hands to its backward."""
+    kept, verify = [], Recompute.verify
+
+    def note(self, graph):
+        verify(self, graph)
+        if not any("tangents" in str(node.target) for node in graph.nodes):
+            values = [n.meta["val"] for n in graph.output_node().args[0] if hasattr(n, "meta")]
+            shapes = [tuple(v.shape[-2:]) for v in values if isinstance(v, torch.Tensor)]
+            kept.append(shapes.count((N, C)))
+
+    monkeypatch.setattr(Recompute, "verify", note)
+    return kept
+
+
+PLANS = [(1, 0), (3, 4), ((2, 2, 3), 4), (L, L - 1), ("paper", None), ("timeline", None)]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_gradients_are_bitwise_equal(plan, monkeypatch):
+    recompute, rebuilt = plan
+    model, x = Sublayers(L), torch.randn(2, 5, C)
+    wanted = run(model, x, "off", "aot_eager")
+    kept = states_kept(monkeypatch)
+    got = run(model, x, recompute, "aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    record = last_record()
+    (blocks,) = record.blocks
+    assert sum(blocks) == L and record.rebuilt == L - len(blocks)
+    assert rebuilt is None or record.rebuilt == rebuilt
+    # x_0 is rebuilt from what was expanded.
+    assert kept[0] == len(blocks) - 1
+    assert record.notes == []
+
+
+@pytest.mark.parametrize("recompute", [3, "paper"])
+def test_inductor(recompute, monkeypatch):
+    model, x = Sublayers(L), torch.randn(2, 5, C)
+    wanted = run(model, x, "off", "inductor")
+    with torch._inductor.config.patch(force_disable_caches=True):  # else no graph is seen
+        kept = states_kept(monkeypatch)
+        got = run(model, x, recompute, "inductor")
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+    record = last_record()
+    assert record.rebuilt == L - len(record.blocks[0]) > 0
+    assert kept[0] == len(record.blocks[0]) - 1
+
+
+class DropsOut(Sublayers):
+    def sublayer(self, k, h):
+        return F.dropout(super().sublayer(k, h), 0.3)
+
+
+class ReadsAState(Sublayers):
+    """An auxiliary result from the middle of a block."""
+
+    def forward(self, x):
+        import mhc_compile as mc
+
+        x = mc.expand_streams(x, N)
+        seen = 0.0
+        for k, connection in enumerate(self.connections):
+            h, state = connection.pre(x)
+            x = connection.post(x, self.sublayer(k, h), state)
+            if k == 2:
+                seen = x.square().mean(-2)
+        return mc.collapse_streams(x, self.weights), seen
+
+
+@pytest.mark.parametrize("kind", [DropsOut, ReadsAState])
+def test_dropout_and_readers_of_states(kind):
+    model, x = kind(L), torch.randn(2, 5, C)
+    wanted = run(model, x, "off", "aot_eager")
+    got = run(model, x, 4, "aot_eager")
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+    assert last_record().rebuilt == 5
+
+
+def test_a_plan_changes_what_runs():
+    """In one process, with Inductor's caches on."""
+    model, x = Sublayers(4), torch.randn(2, 5, C)
+    seen = []
+    for recompute in (4, 2, 4, "off"):
+        run(model, x, recompute, "aot_eager")
+        seen.append(last_record().rebuilt)
+    assert seen == [3, 2, 3, 0]
+
+
+def test_models_without_seams_say_so():
+    from test_passes import PostNorm
+
+    model, x = PostNorm(2), torch.randn(2, 5, C)
+    with pytest.warns(UserWarning, match="no seams were fused"):
+        run(model, x, "paper", "aot_eager")
+
+
+def test_report():
+    import mhc_compile as mc
+
+    model, x = Sublayers(4), torch.randn(2, 5, C)
+    run(model, x, (3, 1), "aot_eager")
+    assert "2 of 4, blocks (3, 1)" in str(mc.report(model))
+
+
+def test_identities_tell_plans_apart():
+    def identity(**options):
+        return Recompute(parse_options(options), GraphRecord(parse_options(options)), None).uuid()
+
+    assert identity(recompute=2) == identity(recompute=2)
+    assert len({str(identity(recompute=r)) for r in ("off", "paper", "timeline", 2, (2, 2))}) == 5
+
+
+def test_blocks_that_do_not_fit():
+    model, x = Sublayers(4), torch.randn(2, 5, C)
+    with pytest.raises(Exception, match="must sum to layers=4, got 5"):
+        run(model, x, (2, 3), "aot_eager")
+    with pytest.raises(Exception, match="memory_budget must be at least"):
+        run(model, x, "budget", "aot_eager", memory_budget=8)
+
+
+def test_what_recomputes_nothing_says_so():
+    model, x = Sublayers(2), torch.randn(2, 5, C)
+    with pytest.warns(UserWarning, match="nothing is recomputed"):
+        run(model, x, 2, "eager")
+    with pytest.warns(UserWarning, match="nothing is recomputed"):
+        run(model, x, 2, "aot_eager", fuse=False)
