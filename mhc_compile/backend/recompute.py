@@ -36,7 +36,7 @@ class Recompute(CustomGraphPass):
         """Plans and rewrites a joint graph, in place."""
         if self.before is not None:
             self.before(graph)
-        if self.options.recompute == "off" or not self.record.operators:
+        if self.options.recompute == "off" or not self.options.fuse or not self.record.operators:
             return
         start = time.perf_counter()
         self.products = _count_products(graph)
