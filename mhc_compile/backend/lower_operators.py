@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,13 @@ class LowerOperators(CustomGraphPass):
     """The pass as Inductor runs it, with an identity for Inductor's caches.
 
     Where generated kernels run the operators, it lowers none (`lower`). In any case it tells
-    `seen` of the graph first.
+    `seen` of the graph first. What it takes is added to `seconds`.
     """
 
-    def __init__(self, lower: bool, before: Any, seen: Callable[[Graph], None]) -> None:
-        self.lower, self.before, self.seen = lower, before, seen
+    def __init__(
+        self, lower: bool, before: Any, seen: Callable[[Graph], None], seconds: dict[str, float]
+    ) -> None:
+        self.lower, self.before, self.seen, self.seconds = lower, before, seen, seconds
 
     def __call__(self, graph: Graph) -> None:
         """Lowers every operator of a forward or backward graph, in place."""
@@ -49,7 +52,10 @@ class LowerOperators(CustomGraphPass):
             self.before(graph)
         self.seen(graph)
         if self.lower:
+            start = time.perf_counter()
             lower_operators(graph, inductor_decompositions())
+            taken = time.perf_counter() - start
+            self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
 
     def uuid(self) -> Any:
         """Changes with the formulas, with what the operators return, and with the pass before."""

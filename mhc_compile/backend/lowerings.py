@@ -67,7 +67,7 @@ def compile_with(
     config = options.inductor_config()
     if record.operators:
         before = config.get("post_grad_custom_pre_pass", custom_pre_pass())
-        lowering = LowerOperators(written_out, before, recompute.verify)
+        lowering = LowerOperators(written_out, before, recompute.verify, record.seconds)
         config["post_grad_custom_pre_pass"] = lowering
         config["joint_custom_post_pass"] = recompute
     return compile_with_inductor(gm, inputs, config)

@@ -85,7 +85,7 @@ def find_chains(graph: Graph, backward: set[Node]) -> list[Chain]:
             run.append(following[run[-1]])
         x = arguments(first)[0].meta["val"]
         unit = _bytes(x) // x.shape[-2]
-        kept = tuple(_kept(seam, backward) for seam in (None, *run)[1:])
+        kept = tuple(_kept(seam, backward) for seam in run)
         mean = sum(kept) // len(kept)  # the first sublayer reads otherwise, the last has no seam
         chains.append(Chain(tuple(run), x.shape[-2], unit, (mean, *kept)))
     return chains
