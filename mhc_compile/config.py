@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 from mhc_compile.conventions import Convention, get_convention
-from mhc_compile.errors import ConfigError
+from mhc_compile.errors import ConfigError, check_choice, nearest
 
 CONFIG_VERSION = 1
 MAX_STREAMS = 16
@@ -74,9 +73,9 @@ class MHCConfig:
             )
         if not 1 <= streams <= MAX_STREAMS:
             raise ConfigError(f"streams must be from 1 to {MAX_STREAMS}, got {streams}")
-        _check_choice("connection", self.connection, CONNECTIONS)
-        _check_choice("init", self.init, INITS)
-        _check_choice("collapse", self.collapse, COLLAPSES)
+        check_choice("connection", self.connection, CONNECTIONS)
+        check_choice("init", self.init, INITS)
+        check_choice("collapse", self.collapse, COLLAPSES)
         if not isinstance(self.convention, str):
             raise ConfigError(
                 f"convention must be a name, got {type(self.convention).__name__}; pass single "
@@ -135,19 +134,9 @@ class MHCConfig:
         return cls(**fields)
 
 
-def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}"
-        )
-
-
 def _check_names(fields: dict[str, Any]) -> None:
     known = [f.name for f in dataclasses.fields(MHCConfig)]
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; fields: {', '.join(known)}"
+            hint = nearest(name, known) or f"; fields: {', '.join(known)}"
             raise ConfigError(f"{name!r} is not a field of MHCConfig{hint}")

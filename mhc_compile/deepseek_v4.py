@@ -8,14 +8,13 @@ order of our columns: pre, post, res. Their res map `comb[in, out]` acts as `com
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mhc_compile.errors import CheckpointError, ConfigError
+from mhc_compile.errors import CheckpointError, check_choice
 from mhc_compile.passes.check_deepseek_v4 import (
     check_layers,
     listed,
@@ -139,11 +138,7 @@ def _entries(
     model: nn.Module, format: str, layers: Sequence[tuple[str, str]] | None
 ) -> dict[str, _Entry]:
     """All parameters of the connections by their names in the format, in execution order."""
-    if format not in FORMATS:
-        close = difflib.get_close_matches(str(format), FORMATS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(map(repr, FORMATS))
-        raise ConfigError(f"format must be one of {known}, got {format!r}{hint}")
+    check_choice("format", format, FORMATS)
     v4_config(model)
     connections = v4_connections(model)
     check_layers(model, [site for site, _ in connections], layers)

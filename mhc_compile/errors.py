@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+from typing import Any
+
 
 class MHCError(ValueError):
     """Base class: something the caller asked for cannot be done, and the message says why."""
@@ -49,3 +53,22 @@ class MemoryBudgetError(MHCError):
 
 class PlanError(MHCError):
     """A pipeline plan breaks a rule, or its text is damaged."""
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Checks that `value` is one of a few names.
+
+    Raises:
+        ConfigError: it is not, with the nearest name.
+    """
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ConfigError(
+            f"{name} must be one of {choices}, got {value!r}{nearest(value, allowed)}"
+        )
+
+
+def nearest(value: Any, allowed: Collection[str]) -> str:
+    """The end of a message about a wrong name: what may have been meant, "" if nothing is near."""
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

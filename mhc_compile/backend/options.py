@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mhc_compile._torch_compat import inductor_mode_options, inductor_option_names
-from mhc_compile.errors import ConfigError
+from mhc_compile.errors import ConfigError, check_choice, nearest
 
 _CHOICES = {
     "lower": ("inductor", "aot_eager", "eager"),
@@ -57,11 +56,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     known = [f.name for f in fields(Options)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            guess = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(
-                f"backend='mhc' has no option {name!r}{guess}; the options are {', '.join(known)}"
-            )
+            hint = nearest(name, known) or f"; the options are {', '.join(known)}"
+            raise ConfigError(f"backend='mhc' has no option {name!r}{hint}")
     if mode is not None:
         given["mode"] = mode
     if "recompute" in given and isinstance(given["recompute"], list):
@@ -73,8 +69,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
 
 def _check(options: Options) -> None:
     for name, allowed in _CHOICES.items():
-        _check_choice(name, getattr(options, name), allowed)
-    _check_choice("mode", options.mode, _MODES)
+        check_choice(f"the option {name}", getattr(options, name), allowed)
+    check_choice("the option mode", options.mode, _MODES)
     if not isinstance(options.fuse, bool):
         raise ConfigError(f"the option fuse must be True or False, got {options.fuse!r}")
     _check_recompute(options)
@@ -85,22 +81,14 @@ def _check(options: Options) -> None:
     for name in options.inductor:
         names = inductor_option_names()
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1)
-            guess = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"Inductor has no setting {name!r}{guess}")
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ConfigError(f"the option {name} must be one of {choices}, got {value!r}")
+            raise ConfigError(f"Inductor has no setting {name!r}{nearest(name, names)}")
 
 
 def _check_recompute(options: Options) -> None:
     value, budget = options.recompute, options.memory_budget
     sizes = value if isinstance(value, tuple) else (value,)
     if isinstance(value, str):
-        _check_choice("recompute", value, _OBJECTIVES)
+        check_choice("the option recompute", value, _OBJECTIVES)
     elif not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
         raise ConfigError(
             f"the option recompute must be one of {', '.join(map(repr, _OBJECTIVES))}, a block "

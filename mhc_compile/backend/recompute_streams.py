@@ -103,7 +103,7 @@ def _rebuild(
     x, f, post, res, _, _, _, weight, shift, norm, eps, _ = arguments(seam)
     y, h, pre = (_result(seam, k) for k in range(3))
     _save(f, post, res, pre, y if keep else None)
-    anchor = _last(graph, y, h, pre)
+    anchor = max(node for node in (seam, y, h, pre) if node is not None)  # the last of them
     again: Node | None = None
     streams = y
     if not keep and y is not None:
@@ -142,7 +142,7 @@ def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:
         if user in backward:
             user.replace_input_with(node, again)
         elif is_view_call(user) and _read_in_backward(user, backward):
-            with graph.inserting_after(max((user, again), key=_Place(graph))):
+            with graph.inserting_after(max(user, again)):  # the later one
                 copy = graph.node_copy(user, lambda n: again if n is node else n)
             copy.meta[REBUILT] = True
             _give(graph, user, copy, backward)
@@ -201,17 +201,3 @@ def _bytes(value: Tensor) -> int:
     for extent in value.shape:
         size *= size_hint(extent)
     return size
-
-
-class _Place:
-    """Positions of a graph's nodes."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.places = {node: k for k, node in enumerate(graph.nodes)}
-
-    def __call__(self, node: Node) -> int:
-        return self.places[node]
-
-
-def _last(graph: Graph, *nodes: Node | None) -> Node:
-    return max((node for node in nodes if node is not None), key=_Place(graph))

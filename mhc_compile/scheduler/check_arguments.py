@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -97,16 +96,3 @@ def as_sizes(name: str, value: Any, length: int, *, zero: bool = False) -> list[
         return [as_size(name, value, zero=zero, or_else=other)] * length
     check_length(name, values, length, "sublayer")
     return [as_size(f"{name}[{i}]", each, zero=zero) for i, each in enumerate(values)]
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Checks that `value` is one of a few names.
-
-    Raises:
-        ConfigError: it is not, with the nearest name.
-    """
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        choices = ", ".join(map(repr, allowed))
-        raise ConfigError(f"{name} must be one of {choices}, got {value!r}{guess}")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
 
-from mhc_compile.errors import ConfigError
-from mhc_compile.scheduler.check_arguments import as_integer, as_sequence, check_choice
+from mhc_compile.errors import ConfigError, check_choice
+from mhc_compile.scheduler.check_arguments import as_integer, as_sequence
 from mhc_compile.scheduler.least_cost import StageOptimum
 from mhc_compile.scheduler.make_plan import make_plan
 from mhc_compile.scheduler.objectives import OBJECTIVES

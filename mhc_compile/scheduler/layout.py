@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mhc_compile.errors import ConfigError
+from mhc_compile.errors import ConfigError, nearest
 
 VARIANTS = ("dualpipev", "dualpipe", "1f1b", "zb1p")
 
@@ -33,8 +32,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
-            close = difflib.get_close_matches(str(self.variant).lower(), VARIANTS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = nearest(str(self.variant).lower(), VARIANTS)
             raise ConfigError(
                 f"variant must be one of {', '.join(map(repr, VARIANTS))}, got "
                 f"{self.variant!r}{hint}"

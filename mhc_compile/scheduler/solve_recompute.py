@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from mhc_compile.errors import ConfigError, MemoryBudgetError
-from mhc_compile.scheduler.check_arguments import as_size, check_choice
+from mhc_compile.errors import ConfigError, MemoryBudgetError, check_choice
+from mhc_compile.scheduler.check_arguments import as_size
 from mhc_compile.scheduler.least_cost import StageOptimum, solve_budget, solve_stage
 from mhc_compile.scheduler.make_plan import make_plan
 from mhc_compile.scheduler.objectives import OBJECTIVES

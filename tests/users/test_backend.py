@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from models import largest, logits, perturb
-from zoo import KINDS, gradients, loss_of, result, transformed
+from zoo import KINDS, assert_lengths_equal, gradients, loss_of, result, transformed
 
 import mhc_compile as mc
 from mhc_compile.backend import mhc
@@ -40,20 +40,9 @@ def compiled(model, lower="eager", **options):
 def check(name, lower, training, streams=4):
     """One graph a mode serves several lengths; values and gradients are the eager ones."""
     model, _ = transformed(name, streams=streams)
-    kind = KINDS[name]
     model.train(training)
     call = compiled(model, lower, dynamic=True)
-    for shape in ((2, 8), (3, 11), (2, 13)):
-        inputs = kind.inputs(*shape, seed=shape[1])
-        if training:
-            wanted, got = gradients(model, inputs), gradients(call, inputs)
-            got = {key.removeprefix("_orig_mod."): g for key, g in got.items()}
-            assert got.keys() == wanted.keys()
-            pairs = [(got[key], wanted[key]) for key in wanted]
-        else:
-            pairs = [(result(call, inputs), result(model, inputs))]
-        for a, b in pairs:
-            assert (a - b).abs().max() <= 1e-5 * largest(b)
+    assert_lengths_equal(call, model, KINDS[name], training)
     assert last_record().count("seam") == SEAMS[name]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import WIDTH, largest, logits, perturb
 from torch.utils.checkpoint import checkpoint
-from zoo import KINDS, gradients, result, transformed
+from zoo import KINDS, assert_lengths_equal, result, transformed
 
 import mhc_compile as mc
 
@@ -40,17 +40,7 @@ def check(name, backend, training, **overrides):
     model.train(training)
     # A recompilation raises; the plain models compile once for these lengths too.
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
-    for shape in ((2, 8), (3, 11), (2, 13)):
-        inputs = kind.inputs(*shape, seed=shape[1])
-        if training:
-            wanted, got = gradients(model, inputs), gradients(compiled, inputs)
-            got = {key.removeprefix("_orig_mod."): g for key, g in got.items()}
-            assert got.keys() == wanted.keys()
-            pairs = [(got[key], wanted[key]) for key in wanted]
-        else:
-            pairs = [(result(compiled, inputs), result(model, inputs))]
-        for a, b in pairs:
-            assert (a - b).abs().max() <= 1e-5 * largest(b)
+    assert_lengths_equal(compiled, model, kind, training)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -10,6 +10,7 @@ from models import (
     VOCABULARY,
     WIDTH,
     Architecture,
+    largest,
     logits,
     normal,
     perturb,
@@ -89,3 +90,18 @@ def gradients(model, inputs, seed=0):
 def result(model, inputs):
     """The main result of a call without gradients."""
     return logits(model, inputs)
+
+
+def assert_lengths_equal(compiled, model, kind, training):
+    """Several sizes give the eager values, or in training the eager gradients."""
+    for shape in ((2, 8), (3, 11), (2, 13)):
+        inputs = kind.inputs(*shape, seed=shape[1])
+        if training:
+            wanted, got = gradients(model, inputs), gradients(compiled, inputs)
+            got = {key.removeprefix("_orig_mod."): g for key, g in got.items()}
+            assert got.keys() == wanted.keys()
+            pairs = [(got[key], wanted[key]) for key in wanted]
+        else:
+            pairs = [(result(compiled, inputs), result(model, inputs))]
+        for a, b in pairs:
+            assert (a - b).abs().max() <= 1e-5 * largest(b)
