@@ -32,14 +32,13 @@ __all__ = [
     "below_autograd",
     "compile_with_inductor",
     "compiled_module",
-    "custom_pre_pass",
     "fake_mode_of",
     "force_eager",
     "hash_of_files",
-    "custom_joint_pass",
     "inductor_decompositions",
     "inductor_mode_options",
     "inductor_option_names",
+    "inductor_setting",
     "is_internal",
     "log_artifact",
     "is_view_call",
@@ -162,6 +161,13 @@ def inductor_option_names() -> list[str]:
     return names
 
 
+def inductor_setting(name: str) -> Any:
+    """The present value of one of Inductor's settings."""
+    from torch._inductor import config
+
+    return getattr(config, name)
+
+
 def hash_of_files(paths: tuple[str, ...]) -> bytes:
     """A hash of the contents of source files."""
     from torch._inductor.custom_graph_pass import get_hash_for_files
@@ -176,13 +182,6 @@ def fake_mode_of(tensors: Any) -> contextlib.AbstractContextManager[object]:
 
     mode: contextlib.AbstractContextManager[object] | None = detect_fake_mode(tensors)
     return mode or contextlib.nullcontext()
-
-
-def custom_pre_pass() -> Any:
-    """The pass over forward and backward graphs that Inductor's settings name."""
-    from torch._inductor import config
-
-    return config.post_grad_custom_pre_pass
 
 
 def compile_with_inductor(gm: Any, inputs: Any, settings: dict[str, Any]) -> Any:
@@ -229,13 +228,6 @@ def is_view_call(node: Any) -> bool:
     return target.is_view or target in (
         torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default
     )  # fmt: skip
-
-
-def custom_joint_pass() -> Any:
-    """The pass over joint graphs that Inductor's settings name."""
-    from torch._inductor import config
-
-    return config.joint_custom_post_pass
 
 
 def log_artifact(name: str, text: Callable[[], str]) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from mhc_compile.backend.graph_nodes import Order, arguments, mhc_op, site_of, value_of
+from mhc_compile.backend.graph_nodes import (
+    arguments,
+    mhc_op,
+    same_grad_mode,
+    site_of,
+    value_of,
+    written_between,
+)
 from mhc_compile.backend.records import Fused, GraphRecord, NotFused
 
 
@@ -30,11 +37,10 @@ def _fuse(graph: Graph, collapse: Node) -> str | None:
         return "no merge comes right before it"
     if len(y.users) > 1:
         return "the streams are read elsewhere too"
-    order = Order(graph)
-    if not order.same_grad_mode(y, collapse):
+    if not same_grad_mode(y, collapse):
         return "gradients are switched on or off before it"
     x, f, post, res = arguments(y)
-    if any(order.written_between(t, collapse) for t in (x, f, post, res)):
+    if any(written_between(t, collapse) for t in (x, f, post, res)):
         return "what was merged may be changed in place before it"
     with graph.inserting_before(collapse):
 

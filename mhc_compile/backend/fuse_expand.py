@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from mhc_compile.backend.graph_nodes import Order, arguments, mhc_op, site_of, value_of
+from mhc_compile.backend.graph_nodes import arguments, mhc_op, site_of, value_of, written_between
 from mhc_compile.backend.records import Fused, GraphRecord, NotFused
 
 
@@ -14,11 +14,9 @@ def fuse_expand(graph: Graph, record: GraphRecord) -> None:
         if mhc_op(node) != "expand":
             continue
         reason = ""
-        order = Order(graph)
-        last = max((*node.users, node), key=order.place.__getitem__)
         if record.kernels != "formulas":
             reason = "the operators read stored streams"
-        elif order.written_between(node, last):
+        elif written_between(node, max((*node.users, node))):
             reason = "the streams may be changed in place"
         if reason:
             record.not_fused.append(NotFused(site_of(node), "expand", reason))

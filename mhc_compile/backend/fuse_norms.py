@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import operator
-
 from torch.fx import Graph, Node
 
-from mhc_compile.backend.graph_nodes import Order, arguments, mhc_op, site_of
+from mhc_compile.backend.graph_nodes import (
+    arguments,
+    can_stand_before,
+    mhc_op,
+    move_before,
+    result,
+    same_grad_mode,
+    site_of,
+    written_between,
+)
 from mhc_compile.backend.match_norm import match_norm
 from mhc_compile.backend.records import Fused, GraphRecord, NotFused
 
@@ -25,22 +32,21 @@ def fuse_norms(graph: Graph, record: GraphRecord) -> None:
 
 def _fuse(graph: Graph, seam: Node) -> str:
     """Returns the kind of norm that was fused, or why none was."""
-    h = next((u for u in seam.users if u.target is operator.getitem and u.args[1] == 1), None)
+    h = result(seam, 1)
     if h is None:
         return "the sublayer's input is not used"
     match = match_norm(h)
     if isinstance(match, str):
         return match
-    order = Order(graph)
-    if not order.same_grad_mode(seam, match.result):
+    if not same_grad_mode(seam, match.result):
         return "gradients are switched on or off before the norm"
-    if order.written_between(h, match.result):
+    if written_between(h, match.result):
         return "the sublayer's input may be changed in place before its norm"
     affine = (match.weight, match.shift)
-    if not all(order.can_stand_before(p, seam) for p in affine):
+    if not all(can_stand_before(p, seam) for p in affine):
         return "the norm's weight is computed from activations"
     for parameter in affine:
-        order.move_before(parameter, seam)
+        move_before(parameter, seam)
     args = arguments(seam)
     args[7:11] = match.weight, match.shift, match.kind, match.eps
     seam.args = tuple(args)

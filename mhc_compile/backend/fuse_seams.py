@@ -7,7 +7,17 @@ import operator
 import torch
 from torch.fx import Graph, Node
 
-from mhc_compile.backend.graph_nodes import Order, arguments, call_name, mhc_op, results, site_of
+from mhc_compile.backend.graph_nodes import (
+    arguments,
+    call_name,
+    can_stand_before,
+    mhc_op,
+    move_before,
+    results,
+    same_grad_mode,
+    site_of,
+    written_between,
+)
 from mhc_compile.backend.records import Fused, GraphRecord, NotFused
 
 
@@ -31,18 +41,18 @@ def _fuse(graph: Graph, read: Node) -> str | None:
     y, phi, alpha, bias, rule = arguments(read)
     if not isinstance(y, Node) or mhc_op(y) != "post_res":
         return _what_precedes(y)
-    order, taken = Order(graph), results(read)
+    taken = results(read)
     if taken is None:
         return "the results of its read are used as one tuple"
-    if not order.same_grad_mode(y, read):
+    if not same_grad_mode(y, read):
         return "gradients are switched on or off between the sublayers"
-    if order.written_between(y, read):
+    if written_between(y, read):
         return "the streams may be changed in place between the sublayers"
     parameters = (phi, alpha, bias)
-    if not all(order.can_stand_before(p, y) for p in parameters):
+    if not all(can_stand_before(p, y) for p in parameters):
         return "its parameters are computed from activations"
     for parameter in parameters:
-        order.move_before(parameter, y)
+        move_before(parameter, y)
     with graph.inserting_before(y):
         args = (*arguments(y), *parameters, None, None, "none", 0.0, rule)
         seam = graph.call_function(torch.ops.mhc.seam.default, args)

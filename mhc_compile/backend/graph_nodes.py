@@ -91,48 +91,52 @@ def graphs(module: GraphModule) -> Iterator[Graph]:
             yield part.graph
 
 
-class Order:
-    """Positions in a graph, and what happens between them; stale once the graph has changed."""
+def result(call: Node, index: int) -> Node | None:
+    """The node that takes one of a call's several results, None without."""
+    takers = (user for user in call.users if user.target is operator.getitem)
+    return next((taker for taker in takers if taker.args[1] == index), None)
 
-    def __init__(self, graph: Graph) -> None:
-        self.nodes = list(graph.nodes)
-        self.place = {node: place for place, node in enumerate(self.nodes)}
-        self.region: dict[Node, int] = {}
-        region = 0
-        for node in self.nodes:
-            region += _changes_grad_mode(node)
-            self.region[node] = region
 
-    def same_grad_mode(self, *nodes: Node) -> bool:
-        """Whether no change of grad mode lies between the nodes."""
-        return len({self.region[node] for node in nodes}) == 1
+def same_grad_mode(first: Node, last: Node) -> bool:
+    """Whether no change of grad mode lies between two nodes."""
+    return not any(map(_changes_grad_mode, _between(first, last)))
 
-    def written_between(self, value: Node, last: Node) -> bool:
-        """Whether `value`, or what may share its memory, is changed in place before `last`."""
-        reached = {value}
-        for node in self.nodes[self.place[value] + 1 : self.place[last]]:
-            if not any(source in reached for source in node.all_input_nodes):
-                continue
-            if _writes(node):
-                return True
-            reached.add(node)
-        return False
 
-    def can_stand_before(self, node: Any, anchor: Node) -> bool:
-        """Whether a node's value is there at `anchor`, or can be computed there."""
-        if not isinstance(node, Node) or self.place[node] < self.place[anchor]:
+def written_between(value: Node, last: Node) -> bool:
+    """Whether `value`, or what may share its memory, is changed in place before `last`."""
+    reached = {value}
+    for node in _between(value, last):
+        if not any(source in reached for source in node.all_input_nodes):
+            continue
+        if _writes(node):
             return True
-        if call_name(node) not in HOISTED or node.op not in ("call_function", "call_method"):
-            return False
-        return all(self.can_stand_before(source, anchor) for source in node.all_input_nodes)
+        reached.add(node)
+    return False
 
-    def move_before(self, node: Any, anchor: Node) -> None:
-        """Moves a node, and what it needs, as `can_stand_before` allows."""
-        if not isinstance(node, Node) or self.place[node] < self.place[anchor]:
-            return
-        for source in node.all_input_nodes:
-            self.move_before(source, anchor)
-        anchor.prepend(node)
+
+def can_stand_before(node: Any, anchor: Node) -> bool:
+    """Whether a node's value is there at `anchor`, or can be computed there."""
+    if not isinstance(node, Node) or node < anchor:
+        return True
+    if call_name(node) not in HOISTED or node.op not in ("call_function", "call_method"):
+        return False
+    return all(can_stand_before(source, anchor) for source in node.all_input_nodes)
+
+
+def move_before(node: Any, anchor: Node) -> None:
+    """Moves a node, and what it needs, as `can_stand_before` allows."""
+    if not isinstance(node, Node) or node < anchor:
+        return
+    for source in node.all_input_nodes:
+        move_before(source, anchor)
+    anchor.prepend(node)
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node < last:
+        yield node
+        node = node.next
 
 
 def _changes_grad_mode(node: Node) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +13,26 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhc_compile._torch_compat import (
-    CustomGraphPass,
     fake_mode_of,
-    hash_of_files,
     inductor_decompositions,
     size_hint,
     statically_known_true,
 )
 from mhc_compile.backend import formulas
+from mhc_compile.backend.chained_pass import ChainedPass, hash_of_sources
 from mhc_compile.backend.graph_nodes import arguments, mhc_op
 from mhc_compile.runtime.precision import autocast_off
 
 KEPT = ("maps", "maps_backward")
 """The operators that stay as they are."""
-_PACKAGE = Path(__file__).parents[1]
 _SOURCES = (
     "backend/lower_operators.py", "backend/formulas.py", "backend/graph_nodes.py",
     "map_layout.py", "runtime/op_shapes.py", "runtime/ops.py", "runtime/fused_norm.py",
 )  # fmt: skip
 
 
-class LowerOperators(CustomGraphPass):
-    """The pass as Inductor runs it, with an identity for Inductor's caches.
+class LowerOperators(ChainedPass):
+    """The pass as Inductor runs it.
 
     Where generated kernels run the operators, it lowers none (`lower`). In any case it tells
     `seen` of the graph first. What it takes is added to `seconds`.
@@ -44,12 +41,11 @@ class LowerOperators(CustomGraphPass):
     def __init__(
         self, lower: bool, before: Any, seen: Callable[[Graph], None], seconds: dict[str, float]
     ) -> None:
-        self.lower, self.before, self.seen, self.seconds = lower, before, seen, seconds
+        super().__init__(before)
+        self.lower, self.seen, self.seconds = lower, seen, seconds
 
-    def __call__(self, graph: Graph) -> None:
+    def change(self, graph: Graph) -> None:
         """Lowers every operator of a forward or backward graph, in place."""
-        if self.before is not None:
-            self.before(graph)
         self.seen(graph)
         if self.lower:
             start = time.perf_counter()
@@ -57,10 +53,9 @@ class LowerOperators(CustomGraphPass):
             taken = time.perf_counter() - start
             self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
 
-    def uuid(self) -> Any:
-        """Changes with the formulas, with what the operators return, and with the pass before."""
-        others = None if self.before is None else self.before.uuid()
-        return hash_of_files(tuple(str(_PACKAGE / name) for name in _SOURCES)), self.lower, others
+    def identity(self) -> Any:
+        """The formulas, and what the operators return."""
+        return hash_of_sources(*_SOURCES), self.lower
 
 
 def lower_operators(graph: Graph, decompositions: Any = None) -> None:

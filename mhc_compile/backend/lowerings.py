@@ -12,8 +12,7 @@ from torch.fx import Graph, GraphModule
 from mhc_compile._torch_compat import (
     aot_module,
     compile_with_inductor,
-    custom_joint_pass,
-    custom_pre_pass,
+    inductor_setting,
 )
 from mhc_compile.backend.graph_nodes import graphs, mhc_op, value_of
 from mhc_compile.backend.lower_operators import LowerOperators, lower_operators
@@ -55,8 +54,8 @@ def compile_with(
     if options.lower == "eager":
         return gm.forward
     written_out = bool(record.operators) and record.kernels == "formulas"
-    recompute = Recompute(options, record, custom_joint_pass())
     if options.lower == "aot_eager":
+        recompute = Recompute(options, record)
 
         def change(graph: Graph) -> None:
             recompute.verify(graph)
@@ -66,10 +65,14 @@ def compile_with(
         return aot_module(gm, inputs, recompute, change)
     config = options.inductor_config()
     if record.operators:
-        before = config.get("post_grad_custom_pre_pass", custom_pre_pass())
-        lowering = LowerOperators(written_out, before, recompute.verify, record.seconds)
-        config["post_grad_custom_pre_pass"] = lowering
-        config["joint_custom_post_pass"] = recompute
+        joint, after = "joint_custom_post_pass", "post_grad_custom_pre_pass"
+        config[joint] = recompute = Recompute(
+            options, record, config.get(joint, inductor_setting(joint))
+        )
+        config[after] = LowerOperators(
+            written_out, config.get(after, inductor_setting(after)), recompute.verify,
+            record.seconds,
+        )  # fmt: skip
     return compile_with_inductor(gm, inputs, config)
 
 

@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 from torch.fx import Graph
 
-from mhc_compile._torch_compat import CustomGraphPass, OpOverload, hash_of_files
+from mhc_compile._torch_compat import OpOverload
+from mhc_compile.backend.chained_pass import ChainedPass, hash_of_sources
 from mhc_compile.backend.options import Options
 from mhc_compile.backend.recompute_streams import Chain, count_rebuilt, recompute_streams
 from mhc_compile.backend.records import GraphRecord
 from mhc_compile.scheduler import check_blocks, solve_recompute
 
-_PACKAGE = Path(__file__).parents[1]
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 
 
-class Recompute(CustomGraphPass):
-    """The pass over a joint graph, with an identity for Inductor's caches.
+class Recompute(ChainedPass):
+    """The pass over a joint graph.
 
     Attributes:
         options: its `recompute` and `memory_budget` choose the blocks.
         record: where the blocks, and what became of them, are noted.
-        before: a pass that runs first.
     """
 
-    def __init__(self, options: Options, record: GraphRecord, before: Any) -> None:
-        self.options, self.record, self.before = options, record, before
+    def __init__(self, options: Options, record: GraphRecord, before: Any = None) -> None:
+        super().__init__(before)
+        self.options, self.record = options, record
         self.products: int | None = None
 
-    def __call__(self, graph: Graph) -> None:
+    def change(self, graph: Graph) -> None:
         """Plans and rewrites a joint graph, in place."""
-        if self.before is not None:
-            self.before(graph)
         if self.options.recompute == "off" or not self.options.fuse or not self.record.operators:
             return
         start = time.perf_counter()
@@ -77,15 +74,12 @@ class Recompute(CustomGraphPass):
                 stacklevel=2,
             )
 
-    def uuid(self) -> Any:
-        """Changes with the options, with the pass, with the solver, and with the pass before."""
-        sources = [
-            _PACKAGE / "backend" / f"{name}.py" for name in ("recompute", "recompute_streams")
-        ]
-        sources += sorted((_PACKAGE / "scheduler").glob("*.py"))
-        others = None if self.before is None else self.before.uuid()
-        chosen = repr((self.options.recompute, self.options.memory_budget))
-        return hash_of_files(tuple(map(str, sources))), chosen, others
+    def identity(self) -> Any:
+        """The options, the pass and the solver."""
+        sources = hash_of_sources(
+            "backend/recompute.py", "backend/recompute_streams.py", "scheduler/*.py"
+        )
+        return sources, self.options.recompute, self.options.memory_budget
 
 
 def _count_products(graph: Graph) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from mhc_compile._torch_compat import CheckpointPolicy, is_view_call, size_hint
-from mhc_compile.backend.graph_nodes import arguments, mhc_op
+from mhc_compile.backend.graph_nodes import arguments, mhc_op, result
 
 REBUILT = "mhc_rebuilt"
 """Mark in a node's `meta`: it computes again what the forward has dropped."""
@@ -75,7 +75,7 @@ def recompute_streams(graph: Graph, choose: Choose) -> list[tuple[int, ...]]:
 def find_chains(graph: Graph, backward: set[Node]) -> list[Chain]:
     """The chains of seams of a joint graph."""
     seams = [node for node in graph.nodes if mhc_op(node) == "seam"]
-    after = {_result(seam, 0): seam for seam in seams}
+    after = {result(seam, 0): seam for seam in seams}
     following = {after[x]: seam for seam in seams if (x := arguments(seam)[0]) in after}
     firsts = [seam for seam in seams if arguments(seam)[0] not in after]
     chains = []
@@ -101,7 +101,7 @@ def _rebuild(
 ) -> Node | None:
     """Gives the backward its own y and h of a seam; returns that y, None if y is kept."""
     x, f, post, res, _, _, _, weight, shift, norm, eps, _ = arguments(seam)
-    y, h, pre = (_result(seam, k) for k in range(3))
+    y, h, pre = (result(seam, k) for k in range(3))
     _save(f, post, res, pre, y if keep else None)
     anchor = max(node for node in (seam, y, h, pre) if node is not None)  # the last of them
     again: Node | None = None
@@ -168,7 +168,7 @@ def _backward_nodes(graph: Graph) -> set[Node]:
 
 def _kept(seam: Node, backward: set[Node]) -> int:
     """Bytes that the backward reads of what lies between a seam's h and its F's result."""
-    h = _result(seam, 1)
+    h = result(seam, 1)
     inside: set[Node] = set()
     waiting = [] if h is None else list(h.users)
     total = 0
@@ -182,12 +182,6 @@ def _kept(seam: Node, backward: set[Node]) -> int:
         if isinstance(value, Tensor) and not is_view_call(node):
             total += _bytes(value) * (_read_in_backward(node, backward))
     return total
-
-
-def _result(call: Node, index: int) -> Node | None:
-    return next(
-        (u for u in call.users if u.target is operator.getitem and u.args[1] == index), None
-    )
 
 
 def _save(*nodes: Any) -> None:

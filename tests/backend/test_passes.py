@@ -93,6 +93,23 @@ def test_other_lowerings(lower):
     assert record.kernels == ("formulas" if lower == "inductor" else "operators")
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_passes_of_the_user_run_too(several):
+    """Inductor takes plain functions, for which its caches are off, and in newer versions lists."""
+    calls = []
+
+    def note(name):
+        return lambda graph: calls.append(name)
+
+    def setting(name):
+        return [note(name), note(name)] if several else note(name)
+
+    passes = {"joint_custom_post_pass": "joint", "post_grad_custom_pre_pass": "after"}
+    settings = {key: setting(name) for key, name in passes.items()}
+    compiled_equals_eager(Sublayers(2), inputs(), "inductor", inductor=settings)
+    assert calls == ["joint"] * (1 + several) + ["after"] * 2 * (1 + several)
+
+
 def test_fusion_off():
     record = compiled_equals_eager(Sublayers(), inputs(), fuse=False)
     assert record.fused == [] and record.operators["read"] == 3
@@ -115,6 +132,9 @@ class Rms(nn.Module):
             wide = h.float()
             wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
             return (wide * (1.0 + w.float())).type_as(h)
+        if form == "weight of a weight":
+            w = w.float()
+            return h * torch.rsqrt((h * h).mean(-1, keepdim=True) + 1e-5) * ((w + 1.0) * w)
         if form == "t5":
             variance = h.to(torch.float32).pow(2).mean(-1, keepdim=True)
             return w * (h * torch.rsqrt(variance + 1e-5))
@@ -139,9 +159,10 @@ class Rms(nn.Module):
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [("llama", "rms"), ("gemma", "rms"), ("t5", "rms"), ("product", "rms"), ("quotient", "rms"),
-     ("function", "rms"), ("layer", "layer"), ("other eps", None), ("two axes", None),
-     ("twice", None), ("last two", None)],
+    [("llama", "rms"), ("gemma", "rms"), ("t5", "rms"), ("product", "rms"),
+     ("quotient", "rms"), ("weight of a weight", "rms"), ("function", "rms"),
+     ("layer", "layer"), ("other eps", None), ("two axes", None), ("twice", None),
+     ("last two", None)],
 )  # fmt: skip
 def test_forms_of_norms(form, kind):
     model = Sublayers(2)
