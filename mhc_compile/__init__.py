@@ -16,6 +16,7 @@ from mhc_compile.passes.plan import ResidualSite
 from mhc_compile.pretrained import load_pretrained, save_pretrained
 from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
+from mhc_compile.runtime.eager_recompute import set_recompute
 from mhc_compile.runtime.modules import HyperConnection
 from mhc_compile.runtime.streams import collapse_streams, expand_streams
 from mhc_compile.scheduler import (
@@ -58,6 +59,7 @@ __all__ = [
     "reset_mhc_parameters",
     "revert",
     "save_pretrained",
+    "set_recompute",
     "solve_recompute",
     "stability",
     "transform",

@@ -50,7 +50,8 @@ def _recompute(arguments: argparse.Namespace) -> tuple[str, Any]:
         arguments.layers, arguments.streams, hidden=arguments.hidden, stages=arguments.stages,
         in_flight=arguments.in_flight, objective=arguments.objective,
         transient=arguments.transient, kept=arguments.kept, head=arguments.head,
-        embedding=arguments.embedding, memory_budget=arguments.budget,
+        embedding=arguments.embedding, gradients=arguments.gradients,
+        flowing=arguments.flowing, memory_budget=arguments.budget,
     )  # fmt: skip
     return str(plan), plan.to_dict()
 
@@ -91,7 +92,15 @@ def _add_recompute(parser: argparse.ArgumentParser) -> None:
         ("kept", "that F keeps of a sublayer, times hidden (default: 1)"),
     ):
         parser.add_argument(f"--{name}", type=_numbers, metavar="SIZE[,SIZE...]", help=help)
-    parser.add_argument("--head", type=_number, default=0, metavar="SIZE", help="times hidden")
+    parser.add_argument(
+        "--gradients", type=_numbers, default=0, metavar="SIZE[,SIZE...]",
+        help="that the gradients of a sublayer's weights add, times hidden (default: 0)",
+    )  # fmt: skip
+    for name, help in (
+        ("head", "held when the backward starts, times hidden (default: 0)"),
+        ("flowing", "held besides while a block is in work, times hidden (default: 0)"),
+    ):
+        parser.add_argument(f"--{name}", type=_number, default=0, metavar="SIZE", help=help)
     parser.add_argument(
         "--embedding", type=_number, metavar="SIZE", help="kept in place of x_0, times hidden"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
@@ -24,6 +25,7 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "Source",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "WeakIdKeyDictionary",
     "WeakIdRef",
@@ -43,6 +45,8 @@ __all__ = [
     "log_artifact",
     "is_view_call",
     "no_nested_tensor_fastpath",
+    "partitioned_forward",
+    "saving_hook",
     "size_hint",
     "statically_known_true",
     "tensor_leaves",
@@ -129,6 +133,12 @@ def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
         return None
     inner = module._modules.get("_orig_mod")
     return inner
+
+
+def saving_hook() -> Callable[[torch.Tensor], Any] | None:
+    """The innermost hook that autograd gives tensors to keep, None where there is none."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
 
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
@@ -218,6 +228,21 @@ def aot_module(gm: Any, inputs: Any, before_partition: Any, change: Any) -> Any:
         return call
 
     return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition)(gm, inputs)
+
+
+def partitioned_forward(joint: Any) -> Any:
+    """The forward graph that AOTAutograd's partitioner would make of a joint graph, which stays."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch.utils._pytree import tree_leaves
+
+    copy = torch.fx.Graph()
+    results, output = copy.graph_copy(joint, {}, return_output_node=True)  # type: ignore[misc]
+    copy.output(results).meta = dict(output.meta)  # type: ignore[union-attr]
+    module = torch.fx.GraphModule(joint.owning_module, copy)
+    inputs = [n for n in joint.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+    outputs = len(tree_leaves(joint.output_node().args)) - len(inputs)
+    forward, _ = min_cut_rematerialization_partition(module, None, num_fwd_outputs=outputs)
+    return forward.graph
 
 
 def is_view_call(node: Any) -> bool:

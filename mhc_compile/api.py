@@ -35,6 +35,7 @@ from mhc_compile.passes.prepare_blocks import ask_once, prepare_blocks
 from mhc_compile.passes.record import Recording, record_forward
 from mhc_compile.passes.surroundings import hook_surroundings, unhook_surroundings
 from mhc_compile.passes.undo import rehearsed, remember_random_state, unchanged_on_error
+from mhc_compile.runtime.eager_recompute import eager_recompute, set_recompute
 
 STEP0_TOLERANCE = 1e-3
 """Largest step-0 difference, relative to the output's range, that `transform` lets pass.
@@ -154,7 +155,10 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         NotTransformedError: the model was not transformed.
     """
-    for _, (block, _) in _require_transformed(model).items():
+    blocks = _require_transformed(model)
+    if eager_recompute(model) is not None:
+        set_recompute(model, "off")
+    for block, _ in blocks.values():
         uninstall_block(block)
     unhook_surroundings(model)
     forget_in_config(model)

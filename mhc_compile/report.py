@@ -14,6 +14,7 @@ from torch import nn
 from mhc_compile._torch_compat import compiled_module
 from mhc_compile.backend.records import GraphRecord, records_of
 from mhc_compile.errors import NotTransformedError
+from mhc_compile.memory_use import HEADERS, MemoryUse, memory_use, peak_of
 from mhc_compile.passes.example_inputs import resolve_inputs
 from mhc_compile.passes.install_blocks import rewritten_blocks
 from mhc_compile.passes.plan import ResidualSite
@@ -60,7 +61,7 @@ class Report:
         kernels: what `backend="mhc"` fused and what not, in each graph compiled so far.
         graphs: those graphs.
         stability: of one forward on the example inputs, None without.
-        memory: None: not measured.
+        memory: recompute plans and the peak of activations, None where nothing is known.
         schedule: None: no pipeline was planned.
     """
 
@@ -68,7 +69,7 @@ class Report:
     kernels: tuple[KernelUse, ...]
     graphs: tuple[GraphRecord, ...]
     stability: StabilityReport | None
-    memory: None = None
+    memory: MemoryUse | None = None
     schedule: None = None
 
     def sections(self) -> list[tuple[str, list[str], list[list[Any]]]]:
@@ -88,18 +89,25 @@ class Report:
              [[k.graph, k.site, k.fusion, k.runs] for k in self.kernels if k.fused]),
             ("Not fused", ["graph", "site", "fusion", "reason"],
              [[k.graph, k.site, k.fusion, k.reason] for k in self.kernels if not k.fused]),
+            ("Recompute plans, MiB at the peak", HEADERS,
+             self.memory.rows() if self.memory else []),
         ]  # fmt: skip
 
     def __str__(self) -> str:
         parts = []
         for title, headers, rows in self.sections():
-            parts.append(f"{title}: " + (f"\n{tabulate(rows, headers)}" if rows else "none"))
+            table = tabulate(rows, headers, disable_numparse=True)
+            parts.append(f"{title}: " + (f"\n{table}" if rows else "none"))
+        parts.append(f"Memory: {self._memory()}")
         parts.append(f"Stability: {self._stability()}")
-        parts.append("Memory: not measured\nSchedule: none planned")
+        parts.append("Schedule: none planned")
         return "\n\n".join(parts) + "\n"
 
     def _stability(self) -> str:
         return "not measured: no example inputs" if not self.stability else f"\n{self.stability}"
+
+    def _memory(self) -> str:
+        return "not measured" if self.memory is None else self.memory.summary()
 
     def to_json(self) -> str:
         """The report as a JSON object; what was not measured is null."""
@@ -113,7 +121,7 @@ class Report:
             "sites": [asdict(site) for site in self.sites], "graphs": graphs,
             "kernels": [asdict(use) for use in self.kernels],
             "stability": json.loads(self.stability.to_json()) if self.stability else None,
-            "memory": self.memory, "schedule": self.schedule,
+            "memory": self.memory.to_dict() if self.memory else None, "schedule": self.schedule,
         }, indent=2)  # fmt: skip
 
     def to_html(self, path: str | Path) -> None:
@@ -123,7 +131,8 @@ class Report:
             table = tabulate(rows, headers, tablefmt="html") if rows else "<p>none</p>"
             body.append(f"<h2>{html.escape(title)}</h2>\n{table}")
         body.append(f"<h2>Stability</h2>\n<pre>{html.escape(self._stability())}</pre>")
-        body.append("<h2>Memory</h2>\n<p>not measured</p>\n<h2>Schedule</h2>\n<p>none planned</p>")
+        body.append(f"<h2>Memory</h2>\n<p>{html.escape(self._memory())}</p>")
+        body.append("<h2>Schedule</h2>\n<p>none planned</p>")
         style = (
             "body{font:15px/1.45 sans-serif;margin:2em;color:#222}"
             "table{border-collapse:collapse}th,td{padding:.25em .8em;text-align:left;"
@@ -137,19 +146,22 @@ class Report:
         Path(path).write_text(page)
 
 
-def report(model: nn.Module, example_inputs: Any = None) -> Report:
+def report(model: nn.Module, example_inputs: Any = None, *, measure_memory: bool = False) -> Report:
     """Reports on a transformed model, compiled or not.
 
     Args:
         model: the model, or what `torch.compile(model, backend="mhc")` returned. The backend's
             part covers the graphs that were compiled so far: call the model once before.
         example_inputs: as for `transform`; with them the stability is measured on one forward.
+        measure_memory: whether to run forward and backward on them twice and measure the peak of
+            activations and gradients; the model's gradients stay as they are.
 
     Returns:
         The report; `print` shows it.
 
     Raises:
         NotTransformedError: the model has no hyper-connections.
+        ExampleInputsError: there are none to measure the memory with.
 
     Example:
         >>> import mhc_compile as mc
@@ -165,17 +177,19 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
             "mhc_compile.transform(model) first"
         )
     sites = tuple(site for _, rewrite in blocks.values() for site in rewrite.plan.sites)
-    graphs = tuple(record for record in records_of(plain) if record.operators)
-    measured = None
-    if example_inputs is not None:
+    measured, peak = None, None
+    if example_inputs is not None or measure_memory:
         args, kwargs = resolve_inputs(plain, example_inputs)
         measured = stability(plain, *args, **kwargs)
-    return Report(sites, _uses(graphs), graphs, measured)
+        if measure_memory:
+            peak = peak_of(model, plain, args, kwargs)
+    graphs = tuple(record for record in records_of(plain) if record.operators)
+    return Report(sites, _uses(graphs), graphs, measured, memory_use(plain, graphs, peak))
 
 
 def _rebuilt(graph: GraphRecord) -> str:
     """How many sublayers' streams the backward rebuilds, of how many, in which blocks."""
-    if graph.options.recompute == "off":
+    if graph.options.plan == "off":
         return "off"
     if graph.rebuilt is None:
         return "not seen: no backward yet, or one from Inductor's cache"

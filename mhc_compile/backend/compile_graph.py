@@ -76,7 +76,7 @@ def mhc(
         warnings.warn(f"backend='mhc': {note}", stacklevel=2)
     if (
         record.operators
-        and chosen.recompute != "off"
+        and chosen.recompute not in (None, "off")
         and (chosen.lower == "eager" or not chosen.fuse)
     ):
         record.notes.append("nothing is recomputed: that needs fuse=True and another lower=")

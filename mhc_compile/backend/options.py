@@ -8,13 +8,13 @@ from typing import Any
 
 from mhc_compile._torch_compat import inductor_mode_options, inductor_option_names
 from mhc_compile.errors import ConfigError, check_choice, nearest
+from mhc_compile.scheduler.choose_plan import Recompute, check_recompute
 
 _CHOICES = {
     "lower": ("inductor", "aot_eager", "eager"),
     "kernels": ("auto", "triton", "reference"),
 }
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_OBJECTIVES = ("off", "paper", "timeline", "budget")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Options:
 
     Attributes:
         recompute: "off", "paper", "timeline", "budget", a block size in sublayers, or a tuple of
-            block sizes.
+            block sizes; None, where it was not given, is "paper" without a warning where nothing
+            can be recomputed.
         memory_budget: bytes a rank, for "budget" alone.
         fuse: whether operators are fused.
         lower: what runs the graph: "inductor", "aot_eager" or "eager".
@@ -33,13 +34,18 @@ class Options:
         inductor: Inductor's own settings, as its `options=`.
     """
 
-    recompute: str | int | tuple[int, ...] = "off"
+    recompute: Recompute | None = None
     memory_budget: int | None = None
     fuse: bool = True
     lower: str = "inductor"
     kernels: str = "auto"
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Recompute:
+        """What chooses the blocks."""
+        return "paper" if self.recompute is None else self.recompute
 
     def inductor_config(self) -> dict[str, Any]:
         """What mode and `inductor` ask of Inductor."""
@@ -60,9 +66,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
             raise ConfigError(f"backend='mhc' has no option {name!r}{hint}")
     if mode is not None:
         given["mode"] = mode
-    if "recompute" in given and isinstance(given["recompute"], list):
-        given["recompute"] = tuple(given["recompute"])
-    result = Options(**given)
+    recompute = check_recompute(given.get("recompute", "paper"), given.get("memory_budget"))
+    result = Options(**(given | ({"recompute": recompute} if "recompute" in given else {})))
     _check(result)
     return result
 
@@ -73,7 +78,6 @@ def _check(options: Options) -> None:
     check_choice("the option mode", options.mode, _MODES)
     if not isinstance(options.fuse, bool):
         raise ConfigError(f"the option fuse must be True or False, got {options.fuse!r}")
-    _check_recompute(options)
     if not isinstance(options.inductor, Mapping):
         raise ConfigError(
             f"the option inductor must be a dict of Inductor's settings, got {options.inductor!r}"
@@ -82,24 +86,3 @@ def _check(options: Options) -> None:
         names = inductor_option_names()
         if name not in names:
             raise ConfigError(f"Inductor has no setting {name!r}{nearest(name, names)}")
-
-
-def _check_recompute(options: Options) -> None:
-    value, budget = options.recompute, options.memory_budget
-    sizes = value if isinstance(value, tuple) else (value,)
-    if isinstance(value, str):
-        check_choice("the option recompute", value, _OBJECTIVES)
-    elif not sizes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
-        raise ConfigError(
-            f"the option recompute must be one of {', '.join(map(repr, _OBJECTIVES))}, a block "
-            f"size of at least 1 or a tuple of them, got {value!r}"
-        )
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int)):
-        raise ConfigError(f"the option memory_budget must be a number of bytes, got {budget!r}")
-    if budget is not None and budget < 1:
-        raise ConfigError(f"the option memory_budget must be at least 1 byte, got {budget!r}")
-    if (value == "budget") != (budget is not None):
-        raise ConfigError(
-            "the options recompute='budget' and memory_budget=BYTES belong together: got "
-            f"recompute={value!r} and memory_budget={budget!r}"
-        )

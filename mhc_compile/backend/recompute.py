@@ -8,12 +8,23 @@ from typing import Any
 
 from torch.fx import Graph
 
-from mhc_compile._torch_compat import OpOverload
+from mhc_compile._torch_compat import OpOverload, partitioned_forward
 from mhc_compile.backend.chained_pass import ChainedPass, hash_of_sources
+from mhc_compile.backend.measure_sublayers import (
+    find_chains,
+    inputs_with_gradients,
+    measure_sublayers,
+    outline,
+)
 from mhc_compile.backend.options import Options
-from mhc_compile.backend.recompute_streams import Chain, count_rebuilt, recompute_streams
+from mhc_compile.backend.recompute_streams import (
+    backward_nodes,
+    count_rebuilt,
+    recompute_streams,
+)
 from mhc_compile.backend.records import GraphRecord
-from mhc_compile.scheduler import check_blocks, solve_recompute
+from mhc_compile.backend.static_memory import static_peak
+from mhc_compile.scheduler.choose_plan import Choice, Sizes, choose_plan, predict
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 
@@ -30,38 +41,47 @@ class Recompute(ChainedPass):
         super().__init__(before)
         self.options, self.record = options, record
         self.products: int | None = None
+        self.weights: frozenset[str] = frozenset()
+        self.chosen: list[Choice] = []
 
     def change(self, graph: Graph) -> None:
         """Plans and rewrites a joint graph, in place."""
-        if self.options.recompute == "off" or not self.options.fuse or not self.record.operators:
+        if self.options.plan == "off" or not self.options.fuse or not self.record.operators:
             return
         start = time.perf_counter()
         self.products = _count_products(graph)
-        self.record.blocks += recompute_streams(graph, self._choose)
+        chains = find_chains(graph) if backward_nodes(graph) else []
+        self.weights = inputs_with_gradients(graph)
+        sizes = [outline(seams) for seams in chains]
+        if self.options.plan in ("timeline", "budget") and chains:
+            # What is kept is the partitioner's choice: it is asked on a copy of the graph first.
+            sizes = self._measure(partitioned_forward(graph))
+        self.chosen = [
+            choose_plan(self.options.plan, each, self.options.memory_budget) for each in sizes
+        ]
+        recompute_streams(graph, chains, [choice.block_sizes for choice in self.chosen])
+        self.record.choices += self.chosen
         self.record.seconds["recompute_streams"] = time.perf_counter() - start
 
-    def _choose(self, chain: Chain) -> tuple[int, ...]:
-        value, layers = self.options.recompute, chain.layers
-        if not isinstance(value, str):
-            return check_blocks(value, layers)[0]
-        plan = solve_recompute(
-            layers, chain.streams, hidden=chain.unit, objective=value,
-            kept=[bytes_kept / chain.unit for bytes_kept in chain.kept],
-            memory_budget=self.options.memory_budget,
-        )  # fmt: skip
-        return plan.block_sizes
+    def _measure(self, forward: Graph) -> list[Sizes]:
+        return [measure_sublayers(seams, self.weights) for seams in find_chains(forward)]
 
     def verify(self, graph: Graph) -> None:
         """Notes what a forward or backward graph computes again; warns if the plan is not run."""
         rebuilt = count_rebuilt(graph)
+        self.record.static_peak = max(
+            static_peak(graph, self.options.lower == "inductor")[0], self.record.static_peak or 0
+        )
         if self.products is not None:
             self.products -= _count_products(graph)
         if not any("tangents" in str(node.target) for node in graph.nodes):
+            self._predict(graph)
             return
         self.record.rebuilt = (self.record.rebuilt or 0) + rebuilt
         planned = sum(sum(blocks) - len(blocks) for blocks in self.record.blocks)
         wrong = []
-        if self.products is not None and not self.record.blocks:
+        asked = self.options.recompute is not None
+        if asked and self.products is not None and not self.record.choices:
             wrong.append("0 sublayers' streams are rebuilt, for no seams were fused,")
         if self.record.rebuilt != planned:
             wrong.append(f"{self.record.rebuilt} of {planned} sublayers' streams are rebuilt")
@@ -74,12 +94,20 @@ class Recompute(ChainedPass):
                 stacklevel=2,
             )
 
+    def _predict(self, forward: Graph) -> None:
+        """Says what the blocks need with what the forward really keeps."""
+        if not self.chosen:
+            return
+        sizes = self._measure(forward)
+        pairs = zip(self.chosen, sizes, strict=True)
+        self.record.choices[-len(self.chosen) :] = [predict(c.plan, size) for c, size in pairs]
+
     def identity(self) -> Any:
         """The options, the pass and the solver."""
         sources = hash_of_sources(
-            "backend/recompute.py", "backend/recompute_streams.py", "scheduler/*.py"
+            "backend/measure_sublayers.py", "backend/recompute*.py", "scheduler/*.py"
         )
-        return sources, self.options.recompute, self.options.memory_budget
+        return sources, self.options.plan, self.options.memory_budget
 
 
 def _count_products(graph: Graph) -> int:

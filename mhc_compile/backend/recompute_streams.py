@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
-from mhc_compile._torch_compat import CheckpointPolicy, is_view_call, size_hint
+from mhc_compile._torch_compat import CheckpointPolicy, fake_mode_of, is_view_call
 from mhc_compile.backend.graph_nodes import arguments, mhc_op, result
 
 REBUILT = "mhc_rebuilt"
 """Mark in a node's `meta`: it computes again what the forward has dropped."""
-Choose = Callable[["Chain"], tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The sublayers of one stream that follow each other by seams, in a joint graph.
-
-    Attributes:
-        seams: the seam before each sublayer but the first.
-        streams: n.
-        unit: bytes of one stream, C x tokens x itemsize.
-        kept: what F of each sublayer keeps for the backward, in bytes.
-    """
-
-    seams: tuple[Node, ...]
-    streams: int
-    unit: int
-    kept: tuple[int, ...]
-
-    @property
-    def layers(self) -> int:
-        """The number of sublayers."""
-        return len(self.seams) + 1
-
-
-def recompute_streams(graph: Graph, choose: Choose) -> list[tuple[int, ...]]:
+def recompute_streams(
+    graph: Graph, chains: Sequence[Sequence[Node]], blocks: Sequence[tuple[int, ...]]
+) -> None:
     """Makes the backward rebuild x_l and h_l of all sublayers that do not start a block.
 
     In a joint graph of forward and backward, the backward's readers of a seam's y and h get
@@ -50,45 +29,18 @@ def recompute_streams(graph: Graph, choose: Choose) -> list[tuple[int, ...]]:
 
     Args:
         graph: the joint graph, changed in place.
-        choose: the sizes of the blocks of a chain, in sublayers.
-
-    Returns:
-        The blocks of each chain; empty for a graph without a backward.
+        chains: its chains of seams.
+        blocks: sizes of the blocks of each chain, in sublayers.
     """
-    backward = _backward_nodes(graph)
-    if not backward:
-        return []
-    plans = []
-    for chain in find_chains(graph, backward):
-        blocks = choose(chain)
-        starts = {sum(blocks[:k]) for k in range(len(blocks))}
+    backward = backward_nodes(graph)
+    for seams, sizes in zip(chains, blocks, strict=True):
+        starts = set(accumulate(sizes[:-1]))
         rebuilt: Node | None = None
-        for number, seam in enumerate(chain.seams, start=1):
+        for number, seam in enumerate(seams, start=1):
             rebuilt = _rebuild(graph, seam, rebuilt, number in starts, backward)
-        plans.append(blocks)
     for node in graph.nodes:
         if mhc_op(node) == "expand":
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-    return plans
-
-
-def find_chains(graph: Graph, backward: set[Node]) -> list[Chain]:
-    """The chains of seams of a joint graph."""
-    seams = [node for node in graph.nodes if mhc_op(node) == "seam"]
-    after = {result(seam, 0): seam for seam in seams}
-    following = {after[x]: seam for seam in seams if (x := arguments(seam)[0]) in after}
-    firsts = [seam for seam in seams if arguments(seam)[0] not in after]
-    chains = []
-    for first in firsts:
-        run = [first]
-        while run[-1] in following:
-            run.append(following[run[-1]])
-        x = arguments(first)[0].meta["val"]
-        unit = _bytes(x) // x.shape[-2]
-        kept = tuple(_kept(seam, backward) for seam in run)
-        mean = sum(kept) // len(kept)  # the first sublayer reads otherwise, the last has no seam
-        chains.append(Chain(tuple(run), x.shape[-2], unit, (mean, *kept)))
-    return chains
 
 
 def count_rebuilt(graph: Graph) -> int:
@@ -126,12 +78,18 @@ def _rebuild(
 def _call(graph: Graph, anchor: Node, target: Any, args: tuple[Any, ...], like: Node) -> Node:
     with graph.inserting_after(anchor):
         node = graph.call_function(target, args)
-    node.meta = {
-        k: v for k, v in like.meta.items() if k in ("val", "stack_trace", "nn_module_stack")
-    }
+    node.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    node.meta["val"] = _fake(node)
     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     node.meta[REBUILT] = True
     return node
+
+
+def _fake(node: Node) -> Any:
+    """A node's value as a fake tensor of its own: memory is planned by the identity of these."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with fake_mode_of(args):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:
@@ -144,7 +102,7 @@ def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:
         elif is_view_call(user) and _read_in_backward(user, backward):
             with graph.inserting_after(max(user, again)):  # the later one
                 copy = graph.node_copy(user, lambda n: again if n is node else n)
-            copy.meta[REBUILT] = True
+            copy.meta |= {REBUILT: True, "val": _fake(copy)}
             _give(graph, user, copy, backward)
 
 
@@ -155,7 +113,7 @@ def _read_in_backward(node: Node, backward: set[Node]) -> bool:
     )
 
 
-def _backward_nodes(graph: Graph) -> set[Node]:
+def backward_nodes(graph: Graph) -> set[Node]:
     """All that depends on a tangent."""
     found: set[Node] = set()
     for node in graph.nodes:
@@ -166,32 +124,7 @@ def _backward_nodes(graph: Graph) -> set[Node]:
     return found
 
 
-def _kept(seam: Node, backward: set[Node]) -> int:
-    """Bytes that the backward reads of what lies between a seam's h and its F's result."""
-    h = result(seam, 1)
-    inside: set[Node] = set()
-    waiting = [] if h is None else list(h.users)
-    total = 0
-    while waiting:
-        node = waiting.pop()
-        if node in inside or node in backward or mhc_op(node) or node.op == "output":
-            continue
-        inside.add(node)
-        waiting += node.users
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and not is_view_call(node):
-            total += _bytes(value) * (_read_in_backward(node, backward))
-    return total
-
-
 def _save(*nodes: Any) -> None:
     for node in nodes:
         if isinstance(node, Node):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def _bytes(value: Tensor) -> int:
-    size = value.element_size()
-    for extent in value.shape:
-        size *= size_hint(extent)
-    return size

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mhc_compile.backend.options import Options
+from mhc_compile.scheduler.choose_plan import Choice
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class GraphRecord:
         operators: how often each operator of mhc occurred in it, as captured.
         fused: what was fused.
         not_fused: what was not, each with its reason.
-        blocks: the recompute plan, sizes of blocks in sublayers, of each chain of seams.
+        choices: the recompute plan of each chain of seams.
         rebuilt: how many sublayers' streams the backward really rebuilds; None as long as no
             backward was compiled, and where it came from Inductor's cache.
+        static_peak: the most bytes of activations and gradients that the forward and the backward
+            graph hold at one time, by the sizes and lifetimes of their tensors; None as `rebuilt`.
         seconds: what each pass took.
         notes: anything else that a user should know.
     """
@@ -58,11 +61,17 @@ class GraphRecord:
     operators: dict[str, int] = field(default_factory=dict)
     fused: list[Fused] = field(default_factory=list)
     not_fused: list[NotFused] = field(default_factory=list)
-    blocks: list[tuple[int, ...]] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
     rebuilt: int | None = None
+    static_peak: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)
+
+    @property
+    def blocks(self) -> list[tuple[int, ...]]:
+        """Sizes of blocks in sublayers, of each chain."""
+        return [choice.block_sizes for choice in self.choices]
 
     def count(self, kind: str) -> int:
         """How many fusions have a kind that starts so."""

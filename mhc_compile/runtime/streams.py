@@ -22,6 +22,7 @@ from mhc_compile.runtime.checks import (
     collapse_mode,
 )
 from mhc_compile.runtime.precision import working_dtype
+from mhc_compile.runtime.recording import recording
 
 
 def read_streams(
@@ -52,6 +53,8 @@ def read_streams(
     """
     _check_projection(x, phi, alpha, bias)
     h, pre, post, res, _, _ = torch.ops.mhc.read(x, phi, alpha, bias, rule)
+    if (noted := recording()) is not None:
+        noted.read(x, pre, h)
     return h, pre, post, res
 
 
@@ -70,6 +73,8 @@ def apply_pre(x: Tensor, pre: Tensor) -> Tensor:
     check_shape("pre", pre, x.shape[:-1], "x.shape[:-1]")
     check_device("pre", pre, x)
     h: Tensor = torch.ops.mhc.pre(x, pre)
+    if (noted := recording()) is not None:
+        noted.read(x, pre, h)
     return h
 
 
@@ -79,6 +84,8 @@ def apply_post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     for name, tensor in (("f", f), ("post", post), ("res", res)):
         check_device(name, tensor, x)
     y: Tensor = torch.ops.mhc.post_res(x, f, post, res)
+    if (noted := recording()) is not None:
+        noted.merged(x, f, post, res, y)
     return y
 
 
@@ -88,6 +95,8 @@ def expand_streams(x: Tensor, n: int) -> Tensor:
     if x.dim() < 1:
         raise MHCError("x must have the shape [..., C], got a scalar")
     streams: Tensor = torch.ops.mhc.expand(x, n)
+    if (noted := recording()) is not None:
+        noted.expanded(x, n, streams)
     return streams
 
 

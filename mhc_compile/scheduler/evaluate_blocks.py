@@ -74,6 +74,8 @@ def evaluate_blocks(
     kept: Size | Sequence[Size] | None = None,
     head: Size = 0,
     embedding: Size | None = None,
+    gradients: Size | Sequence[Size] = 0,
+    flowing: Size = 0,
 ) -> RecomputePlan:
     """The cost and the peak of given blocks; arguments as in `check_blocks`, `solve_recompute`.
 
@@ -91,7 +93,8 @@ def evaluate_blocks(
     check_choice("objective", objective, OBJECTIVES)
     problem = read_problem(
         layers, streams, hidden=hidden, stages=stages, in_flight=in_flight, transient=transient,
-        kept=kept, head=head, embedding=embedding,
+        kept=kept, head=head, embedding=embedding, gradients=gradients,
+        flowing=flowing,
     )  # fmt: skip
     blocks = check_blocks(block_sizes, problem.layers, len(problem.stages))
     return make_plan(problem, objective, [StageOptimum(sizes, ()) for sizes in blocks])

@@ -67,4 +67,5 @@ def _stage_plan(
         kept=problem.size(moment.kept),
         transient=problem.size(moment.transient),
         head=problem.size(moment.head),
+        gradients=problem.size(moment.gradients),
     )

@@ -25,7 +25,8 @@ class BlockModel:
 
     Attributes:
         sums: transient of the sublayers before i, [layers + 1].
-        ends: the same and, where it counts, what those sublayers keep, [layers + 1].
+        ends: the same and, where they count, what those sublayers keep and what the gradients of
+            the others have added, [layers + 1]; never falling.
         step: what one more block in front of it adds to a block's term.
         rate: what a block costs wherever it is.
         fixed: what does not depend on the blocks.
@@ -81,7 +82,7 @@ def timeline_model(stage: Stage) -> BlockModel:
     waiting = stage.in_flight - 1
     sums = tuple(accumulate(stage.transient, initial=0))
     kept = tuple(accumulate(stage.kept, initial=0))
-    ends = tuple(a + t for a, t in zip(kept, sums, strict=True))
+    ends = tuple(a + t + g for a, t, g in zip(kept, sums, stage.added, strict=True))
     fixed = waiting * kept[-1] - stage.in_flight * stage.spared
     rate = waiting * stage.boundary
     return BlockModel(sums, ends, stage.boundary, rate, fixed, kept[-1] + stage.head)

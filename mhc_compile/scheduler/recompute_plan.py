@@ -32,12 +32,13 @@ class StagePlan:
             the blocks were given.
         continuous: Eq. 20's minimiser over the real numbers.
         cost: the objective of this stage.
-        peak: the true peak; the four parts below are its sum.
+        peak: the true peak; the five parts below are its sum.
         peak_at: "head", the end of the forward, or "block b" while block b is recomputed.
         boundaries: at the peak, the states x_l0 of the blocks.
         kept: at the peak, what F keeps.
         transient: at the peak, what is recomputed of the block in work.
         head: at the peak, the head's part.
+        gradients: at the peak, those of weights and what else flows.
     """
 
     stage: int
@@ -53,6 +54,7 @@ class StagePlan:
     kept: Number
     transient: Number
     head: Number
+    gradients: Number
 
     @property
     def layers(self) -> int:
@@ -127,9 +129,10 @@ class RecomputePlan:
             disable_numparse=True,
         )  # fmt: skip
         memory = tabulate(
-            [[s.stage, s.peak_at, s.boundaries, s.kept, s.transient, s.head, s.peak,
+            [[s.stage, s.peak_at, s.boundaries, s.kept, s.transient, s.head, s.gradients, s.peak,
               "not measured"] for s in self.stages],
-            ["stage", "peak at", "boundaries", "F kept", "transient", "head", "peak", "measured"],
+            ["stage", "peak at", "boundaries", "F kept", "transient", "head", "gradients", "peak",
+             "measured"],
             disable_numparse=True,
         )  # fmt: skip
         return (

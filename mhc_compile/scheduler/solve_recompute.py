@@ -30,6 +30,8 @@ def solve_recompute(
     kept: Size | Sequence[Size] | None = None,
     head: Size = 0,
     embedding: Size | None = None,
+    gradients: Size | Sequence[Size] = 0,
+    flowing: Size = 0,
     memory_budget: Size | None = None,
 ) -> RecomputePlan:
     """Chooses the blocks that are best under an objective; the optimum is exact.
@@ -64,6 +66,11 @@ def solve_recompute(
         head: what the head and the loss hold when the backward starts, on the last stage.
         embedding: what is kept in place of the first x_0, which may be recomputed from the
             embedding: 1; None for x_0 itself, n. "paper" does not count it.
+        gradients: what the gradients of a sublayer's weights add when its backward is done: one
+            number or one per sublayer; 0 where they exist before, as when they are accumulated.
+            Of each sublayer no more than its `kept` and `transient` counts. "paper" ignores it.
+        flowing: what a stage holds besides while a block is in work: the gradients that flow
+            through the streams, those of the head's weights. "paper" ignores it too.
         memory_budget: for "budget", the most that a stage may hold, in the unit of `hidden`.
 
     Returns:
@@ -88,7 +95,8 @@ def solve_recompute(
         )
     problem = read_problem(
         layers, streams, hidden=hidden, stages=stages, in_flight=in_flight, transient=transient,
-        kept=kept, head=head, embedding=embedding,
+        kept=kept, head=head, embedding=embedding, gradients=gradients,
+        flowing=flowing,
     )  # fmt: skip
     if memory_budget is None:
         choices = [solve_stage(stage, objective) for stage in problem.stages]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 from mhc_compile.errors import ConfigError
@@ -31,6 +32,8 @@ class Stage:
         head: held when the backward starts: the head and the loss, on the last stage.
         spared: what the first boundary needs less than `boundary`, of each microbatch: x_0 of the
             first stage may be recomputed from the embedding.
+        gradients: of each sublayer, what its weights' gradients add as the backward passes it.
+        flowing: what is held besides while a block is in work.
     """
 
     boundary: int
@@ -39,6 +42,14 @@ class Stage:
     in_flight: int
     head: int = 0
     spared: int = 0
+    gradients: tuple[int, ...] = ()
+    flowing: int = 0
+
+    @property
+    def added(self) -> tuple[int, ...]:
+        """What gradients are there while a block that ends at 0 to L is in work, `[layers + 1]`."""
+        each = self.gradients or (0,) * len(self.kept)
+        return tuple(accumulate(each[::-1], initial=self.flowing))[::-1]
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,8 @@ def read_problem(
     kept: Any = None,
     head: Any = 0,
     embedding: Any = None,
+    gradients: Any = 0,
+    flowing: Any = 0,
 ) -> Problem:
     """Checks the arguments of `solve_recompute` and splits the sublayers into stages.
 
@@ -109,9 +122,20 @@ def read_problem(
     width = as_size("hidden", hidden)
     sizes = as_sizes("transient", n + 2 if transient is None else transient, layers)
     keeps = as_sizes("kept", 1 if kept is None else kept, layers, zero=True)
+    weights = as_sizes("gradients", gradients, layers, zero=True) if gradients != 0 else []
+    # What adds more than its backward frees makes the end of the backward the peak, in any blocks.
+    grows = [min(g, t + a) for g, t, a in zip(weights, sizes, keeps, strict=bool(weights))]
+    if any(weights) and max(flights) > 1:
+        raise ConfigError(
+            f"gradients must be 0 with in_flight={in_flight!r}: of several microbatches the first "
+            "backward makes the gradients, and they are there in all others"
+        )
     at_end = as_size("head", head, zero=True)
+    besides = as_size("flowing", flowing, zero=True)
     first = n if embedding is None else as_size("embedding", embedding, zero=True)
-    scale = math.lcm(*{size.denominator for size in (*sizes, *keeps, at_end, first)})
+    scale = math.lcm(
+        *{size.denominator for size in (*sizes, *keeps, *grows, at_end, besides, first)}
+    )
 
     def whole(size: int | Fraction) -> int:
         return size.numerator * (scale // size.denominator)
@@ -119,10 +143,10 @@ def read_problem(
     split, begin = [], 0
     for number, length in enumerate(stage_lengths(layers, count)):
         end = begin + length
-        T, A = (tuple(map(whole, values[begin:end])) for values in (sizes, keeps))
+        T, A, G = (tuple(map(whole, values[begin:end])) for values in (sizes, keeps, grows))
         spared = 0 if begin else whole(n) - whole(first)
         held = whole(at_end) if end == layers else 0
-        split.append(Stage(whole(n), T, A, flights[number], held, spared))
+        split.append(Stage(whole(n), T, A, flights[number], held, spared, G, whole(besides)))
         begin = end
     unit = Fraction(width) / scale
     return Problem(layers, n, width, transient is not None, tuple(split), unit)

@@ -19,6 +19,7 @@ class Moment:
         kept: what F keeps in sublayers whose backward is not done.
         transient: what is recomputed of the block in work.
         head: the head's part.
+        gradients: those of weights, and what else flows.
     """
 
     at: str
@@ -26,11 +27,12 @@ class Moment:
     kept: int
     transient: int
     head: int
+    gradients: int
 
     @property
     def total(self) -> int:
         """Everything together."""
-        return self.boundaries + self.kept + self.transient + self.head
+        return self.boundaries + self.kept + self.transient + self.head + self.gradients
 
 
 def moments(stage: Stage, sizes: Sequence[int]) -> Iterator[Moment]:
@@ -38,8 +40,8 @@ def moments(stage: Stage, sizes: Sequence[int]) -> Iterator[Moment]:
 
     One microbatch is in its backward while m - 1 hold everything. With X = n, A what F keeps and
     T what is recomputed, it holds X K + sum A + H at the end of the forward, and
-    X (b + 1) + A[up to the end of b] + T(b) while block b of K is in work: the backward has freed
-    the blocks behind b by then.
+    X (b + 1) + A[up to the end of b] + T(b) + G[behind b] + flowing while block b of K is in work:
+    the backward has freed the blocks behind b by then, and added their weights' gradients G.
 
     Args:
         stage: the stage.
@@ -50,11 +52,13 @@ def moments(stage: Stage, sizes: Sequence[int]) -> Iterator[Moment]:
     others = waiting * X * len(sizes) - stage.in_flight * stage.spared
     kept = [0, *accumulate(stage.kept)]
     held = waiting * kept[-1]
-    yield Moment("head", others + X * len(sizes), held + kept[-1], 0, stage.head)
+    yield Moment("head", others + X * len(sizes), held + kept[-1], 0, stage.head, 0)
     for b in reversed(range(len(sizes))):
         end = ends[b]
         work = sum(stage.transient[end - sizes[b] : end])
-        yield Moment(f"block {b}", others + X * (b + 1), held + kept[end], work, 0)
+        yield Moment(
+            f"block {b}", others + X * (b + 1), held + kept[end], work, 0, stage.added[end]
+        )
 
 
 def peak_moment(stage: Stage, sizes: Sequence[int]) -> Moment:

@@ -22,7 +22,7 @@ WRONG = {
     "no blocks": ({"recompute": ()}, "a block size of at least 1"),
     "budget alone": ({"memory_budget": 5}, "belong together"),
     "no budget": ({"recompute": "budget"}, "belong together"),
-    "negative budget": ({"recompute": "budget", "memory_budget": -1}, "at least 1 byte"),
+    "negative budget": ({"recompute": "budget", "memory_budget": -1}, "at least 1, got -1"),
     "budget type": ({"recompute": "budget", "memory_budget": 1.5}, "must be a number of bytes"),
     "mode": ({"mode": "fast"}, "mode must be one of 'default', 'reduce-overhead'"),
     "inductor": ({"inductor": 3}, "must be a dict"),

@@ -1,5 +1,6 @@
 """The recompute plan is what the backward does: kept, rebuilt, equal bit by bit."""
 
+import json
 import warnings
 
 import pytest
@@ -148,7 +149,28 @@ def test_report():
 
     model, x = Sublayers(4), torch.randn(2, 5, C)
     run(model, x, (3, 1), "aot_eager")
-    assert "2 of 4, blocks (3, 1)" in str(mc.report(model))
+    report = mc.report(model)
+    assert "2 of 4, blocks (3, 1)" in str(report) and "given" in str(report)
+    use = report.memory
+    assert use.plans[0][0] == "graph 0, stream 0" and use.measured is None
+    assert use.predicted == use.plans[0][1].memory.peak > 0
+    assert f"static {use.static[0] / 2**20:.1f} MiB" in str(report)
+    assert "measured not measured" in str(report)
+    assert json.loads(report.to_json())["memory"]["plans"][0]["plan"]["block_sizes"] == [3, 1]
+
+
+def test_paper_is_the_default_and_silent_where_it_cannot_be():
+    from test_passes import PostNorm
+
+    torch._dynamo.reset()
+    model, x = Sublayers(L), torch.randn(2, 5, C)
+    gradients(torch.compile(model, backend=mhc, options={"lower": "aot_eager"}), model, x)
+    assert last_record().choices[0].plan.objective == "paper" and last_record().rebuilt > 0
+    model = PostNorm(2)
+    for options in ({"lower": "aot_eager"}, {"lower": "eager"}, {"fuse": False}):
+        options = {"lower": "aot_eager", **options}
+        gradients(torch.compile(model, backend=mhc, options=options), model, x)
+        torch._dynamo.reset()
 
 
 def test_identities_tell_plans_apart():

@@ -6,13 +6,32 @@ from itertools import combinations
 
 @dataclass(frozen=True)
 class Instance:
-    """One stage: X a boundary, T and A per sublayer, m microbatches in flight, H of the head."""
+    """One stage: X a boundary, T and A per sublayer, m microbatches in flight, H of the head.
+
+    G are the gradients of each sublayer's weights, for m = 1, and J what flows besides.
+    """
 
     X: int
     T: tuple
     A: tuple
     m: int = 1
     H: int = 0
+    G: tuple = ()
+    J: int = 0
+
+    @property
+    def counted(self):
+        """G, of each sublayer at most what it frees."""
+        grads = self.G or (0,) * len(self.T)
+        return [min(g, t + a) for g, t, a in zip(grads, self.T, self.A, strict=True)]
+
+    @property
+    def arguments(self):
+        """As `solve_recompute` takes them."""
+        return {
+            "transient": self.T, "kept": self.A, "in_flight": self.m, "head": self.H,
+            "gradients": self.G or 0, "flowing": self.J,
+        }  # fmt: skip
 
 
 def compositions(layers):
@@ -41,7 +60,8 @@ def timeline(stage, sizes):
     terms, end = [], 0
     for b, part in enumerate(parts(stage.T, sizes)):
         end += sizes[b]
-        terms.append(X * (b + 1) + sum(stage.A[:end]) + sum(part))
+        added = stage.J + sum(stage.counted[end:])
+        terms.append(X * (b + 1) + sum(stage.A[:end]) + sum(part) + added)
     return (stage.m - 1) * everything + max(everything + stage.H, *terms)
 
 
@@ -73,14 +93,17 @@ def simulate(stage, sizes):
     for micro in range(stage.m):
         memory.allocate(("head", micro), stage.H)
         memory.free(("head", micro))
+        memory.allocate(("flowing", micro), stage.J)
         for begin, size in reversed(list(zip(begins, sizes, strict=True))):
             for layer in range(begin, begin + size):
                 memory.allocate(("again", layer), stage.T[layer])
             for layer in reversed(range(begin, begin + size)):
                 memory.free(("again", layer))
                 memory.free(("F", micro, layer))
+                memory.allocate(("gradients", micro, layer), stage.counted[layer])
             memory.free(("x", micro, begin))
-    assert not memory.held
+        memory.free(("flowing", micro))
+    assert all("gradients" in name[0] for name in memory.held)
     return memory.peak
 
 

@@ -14,10 +14,10 @@ stage    sublayers    in flight    objective    Eq. 20's r*              value  
 1        4            1            paper        sqrt(L*m*n/(P*(n + 2)))  1.73     2      2       2 x 2     20
 
 Memory of a stage when it is largest, by the model (hidden = 1):
-stage    peak at    boundaries    F kept    transient    head    peak    measured
--------  ---------  ------------  --------  -----------  ------  ------  ------------
-0        block 1    16            10        12           0       38      not measured
-1        block 1    8             4         12           0       24      not measured
+stage    peak at    boundaries    F kept    transient    head    gradients    peak    measured
+-------  ---------  ------------  --------  -----------  ------  -----------  ------  ------------
+0        block 1    16            10        12           0       0            38      not measured
+1        block 1    8             4         12           0       0            24      not measured
 
 Cost 34 (boundaries and the largest block, Eq. 20), peak 38. The backward of a microbatch \
 recomputes 9 pre and 5 post, no F."""  # noqa: E501
@@ -39,7 +39,8 @@ def test_json(objective):
     assert tuple(data["block_sizes"]) == plan.block_sizes and tuple(data["ties"]) == plan.ties
     (stage,) = data["stages"]
     assert stage["measured"] is None and stage["layers"] == 9
-    parts = [stage[part] for part in ("boundaries", "kept", "transient", "head")]
+    names = ("boundaries", "kept", "transient", "head", "gradients")
+    parts = [stage[part] for part in names]
     assert sum(parts) == pytest.approx(stage["peak"])
 
 

@@ -24,10 +24,7 @@ from mhc_compile.scheduler.stages import read_problem, stage_lengths
 
 
 def solve(stage: Instance, objective: str, **kwargs):
-    return solve_recompute(
-        len(stage.T), stage.X, transient=stage.T, kept=stage.A, in_flight=stage.m, head=stage.H,
-        objective=objective, **kwargs,
-    )  # fmt: skip
+    return solve_recompute(len(stage.T), stage.X, objective=objective, **stage.arguments, **kwargs)
 
 
 @st.composite
@@ -37,9 +34,13 @@ def instances(draw, most=9):
     values = st.lists(st.integers(1, high), min_size=layers, max_size=layers)
     kept = st.lists(st.integers(0, draw(st.sampled_from([0, 3, 40]))), min_size=layers,
                     max_size=layers)  # fmt: skip
+    m, grads, J = draw(st.sampled_from([1, 4])), (), draw(st.sampled_from([0, 30]))
+    if m == 1:
+        sizes = st.integers(0, draw(st.sampled_from([0, 4, 60])))
+        grads = tuple(draw(st.lists(sizes, min_size=layers, max_size=layers)))
     return Instance(
-        draw(st.sampled_from([1, 2, 4, 8])), tuple(draw(values)), tuple(draw(kept)),
-        draw(st.sampled_from([1, 4])), draw(st.sampled_from([0, 5, 60])),
+        draw(st.sampled_from([1, 2, 4, 8])), tuple(draw(values)), tuple(draw(kept)), m,
+        draw(st.sampled_from([0, 5, 60])), grads, J,
     )  # fmt: skip
 
 
