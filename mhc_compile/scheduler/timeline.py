@@ -51,14 +51,12 @@ def moments(stage: Stage, sizes: Sequence[int]) -> Iterator[Moment]:
     ends = list(accumulate(sizes))
     others = waiting * X * len(sizes) - stage.in_flight * stage.spared
     kept = [0, *accumulate(stage.kept)]
-    held = waiting * kept[-1]
+    held, added = waiting * kept[-1], stage.added
     yield Moment("head", others + X * len(sizes), held + kept[-1], 0, stage.head, 0)
     for b in reversed(range(len(sizes))):
         end = ends[b]
         work = sum(stage.transient[end - sizes[b] : end])
-        yield Moment(
-            f"block {b}", others + X * (b + 1), held + kept[end], work, 0, stage.added[end]
-        )
+        yield Moment(f"block {b}", others + X * (b + 1), held + kept[end], work, 0, added[end])
 
 
 def peak_moment(stage: Stage, sizes: Sequence[int]) -> Moment:

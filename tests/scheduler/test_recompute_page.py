@@ -19,7 +19,7 @@ def test_table(arguments, capsys):
 
 
 def test_example():
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(code, {})
 
 
