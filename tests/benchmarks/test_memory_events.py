@@ -1,11 +1,6 @@
 """The peak of a step on a CPU, against patterns of allocations whose peak is known."""
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from memory_events import peak_bytes, peak_of
 
 
