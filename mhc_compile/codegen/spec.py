@@ -36,6 +36,8 @@ class Tile:
         inner: channels of one matrix product, a power of two.
         shares: in how many parts products come to "read" from the kernel before.
         gated: tokens of a program of "read" that computes gates, a power of two.
+        flat: the code has one loop over all streams, or one product of them, instead of a copy for
+            each: for many streams, and bf16 products alone.
     """
 
     tokens: int
@@ -46,6 +48,7 @@ class Tile:
     inner: int = 64
     shares: int = 1
     gated: int = 1
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,16 @@ class KernelSpec:
     def columns(self) -> int:
         """`maps` padded for the matrix units: a power of two of at least 16."""
         return max(16, 1 << (self.maps - 1).bit_length())
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """First column and width of the powers of two that `maps` is cut into, 16 at least."""
+        left, found = -(-self.maps // 16) * 16, []
+        while left:
+            width = 1 << (left.bit_length() - 1)
+            found.append((sum(w for _, w in found), width))
+            left -= width
+        return tuple(found)
 
     @property
     def span(self) -> int:

@@ -49,9 +49,13 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(1, _width(1024, c))
     if spec.op == "seam_backward":
         return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
+    if spec.op == "read_backward" and many and not full:
+        return replace(strips(128, 32, 8, 2), parts=_parts(8, c, 32), flat=True)
     if spec.op == "read_backward":
-        warps = (8 if full else 4) if many else 2 if odd else 1
+        warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
+    if spec.op == "mix_backward" and many and not full:
+        return replace(strips(4, 256), parts=_parts(8, c, 256), flat=True)
     if spec.op == "mix_backward":
         return strips(2 if many else 4, 256)
     assert spec.op == "phi_backward"
@@ -64,16 +68,23 @@ def _width(most: int, channels: int) -> int:
     return max(16, min(most, 1 << (channels - 1).bit_length()))
 
 
+def _parts(most: int, channels: int, width: int) -> int:
+    """Parts with equally many strips of channels, so that none sticks out, if there are enough."""
+    strips = math.ceil(channels / _width(width, channels))
+    even = max(parts for parts in range(1, most + 1) if strips % parts == 0)
+    return even if 2 * even >= min(most, strips) else min(most, strips)
+
+
 def _project(spec: KernelSpec) -> Tile:
     """Two warps stream best, but have no registers left for masks or float32 products."""
     full = spec.products not in ("split", "bf16")
 
     def tile(tokens: int, width: int, warps: int, stages: int = 1) -> Tile:
         width = _width(width, spec.channels)
-        return Tile(tokens, width, min(8, math.ceil(spec.channels / width)), warps, stages)
+        return Tile(tokens, width, _parts(8, spec.channels, width), warps, stages)
 
     if not spec.mix and spec.streams > 4:
-        return tile(16, 16, 8) if full else tile(32, 32, 4)
+        return tile(16, 16, 8) if full else replace(tile(128, 64, 8, 3), flat=True)
     if not spec.mix:
         return tile(64, 32, 4, 2)
     if full:
