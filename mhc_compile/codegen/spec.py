@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
@@ -115,6 +116,19 @@ class KernelSpec:
         affine = [flag for flag in ("weight", "shift") if norm and getattr(self, flag)]
         return "_".join([self.op, *flags, *norm, *affine])
 
+    @staticmethod
+    def fields_of(name: str) -> dict[str, Any]:
+        """The operation and the variant that a `name` stands for, as fields."""
+        for op in sorted(OPS, key=len, reverse=True):
+            flags = name[len(op) :].split("_")[1:]
+            if name != "_".join([op, *flags]):
+                continue
+            norm = [flag for flag in flags if flag in NORMS[1:]]
+            known = [flag for flag in flags if flag in ("mix", "carry", "weight", "shift")]
+            if len(norm) < 2 and len(norm) + len(known) == len(flags):
+                return {"op": op, "norm": norm[0] if norm else "none", **dict.fromkeys(known, True)}
+        raise MHCError(f"there is no kernel {name!r}: the operations are {', '.join(OPS)}")
+
     @property
     def maps(self) -> int:
         """Columns of phi: n pre, n post and n * n res."""
@@ -128,11 +142,12 @@ class KernelSpec:
     @property
     def pieces(self) -> tuple[tuple[int, int], ...]:
         """First column and width of the powers of two that `maps` is cut into, 16 at least."""
-        left, found = -(-self.maps // 16) * 16, []
-        while left:
-            width = 1 << (left.bit_length() - 1)
-            found.append((sum(w for _, w in found), width))
-            left -= width
+        found: list[tuple[int, int]] = []
+        first, end = 0, -(-self.maps // 16) * 16
+        while first < end:
+            width = 1 << ((end - first).bit_length() - 1)
+            found.append((first, width))
+            first += width
         return tuple(found)
 
     @property

@@ -7,6 +7,13 @@ from dataclasses import replace
 
 from mhc_compile.codegen.spec import KernelSpec, Tile
 
+FLAT = ("project", "read_backward", "mix_backward")
+"""Operations with a second template, see `Tile.flat`."""
+WHOLE_ROWS = ("read", "pre", "pre_backward")
+"""Operations whose programs hold whole rows of channels, those of a norm at least."""
+PRODUCTS = ("project", "seam_backward", "read_backward", "phi_backward")
+"""Operations whose tokens and channels are sides of matrix products."""
+
 
 def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     """The tile of a kernel; `tokens` may matter by its order of magnitude, today it does not.
@@ -50,12 +57,12 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "seam_backward":
         return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
     if spec.op == "read_backward" and many and not full:
-        return replace(strips(128, 32, 8, 2), parts=_parts(8, c, 32), flat=True)
+        return replace(strips(128, 32, 8, 2), parts=even_parts(8, c, 32), flat=True)
     if spec.op == "read_backward":
         warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
     if spec.op == "mix_backward" and many and not full:
-        return replace(strips(4, 256), parts=_parts(8, c, 256), flat=True)
+        return replace(strips(4, 256), parts=even_parts(8, c, 256), flat=True)
     if spec.op == "mix_backward":
         return strips(2 if many else 4, 256)
     assert spec.op == "phi_backward"
@@ -68,7 +75,7 @@ def _width(most: int, channels: int) -> int:
     return max(16, min(most, 1 << (channels - 1).bit_length()))
 
 
-def _parts(most: int, channels: int, width: int) -> int:
+def even_parts(most: int, channels: int, width: int) -> int:
     """Parts with equally many strips of channels, so that none sticks out, if there are enough."""
     strips = math.ceil(channels / _width(width, channels))
     even = max(parts for parts in range(1, most + 1) if strips % parts == 0)
@@ -81,7 +88,7 @@ def _project(spec: KernelSpec) -> Tile:
 
     def tile(tokens: int, width: int, warps: int, stages: int = 1) -> Tile:
         width = _width(width, spec.channels)
-        return Tile(tokens, width, _parts(8, spec.channels, width), warps, stages)
+        return Tile(tokens, width, even_parts(8, spec.channels, width), warps, stages)
 
     if not spec.mix and spec.streams > 4:
         return tile(16, 16, 8) if full else replace(tile(128, 64, 8, 3), flat=True)
@@ -99,6 +106,34 @@ def _norm(spec: KernelSpec) -> Tile:
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
     elements = 512 if spec.streams > 4 else 1024  # of a row in each warp
     return Tile(1, spec.row, 1, max(4, min(32, spec.row // elements)))
+
+
+def tile_fault(spec: KernelSpec) -> str:
+    """Why a kernel cannot run with its tile, which would compute something else; "" if it can."""
+    tile, c = spec.tile, spec.channels
+    sizes = (tile.tokens, tile.width, tile.warps, tile.inner, tile.gated)
+    if any(size < 1 or size & (size - 1) for size in sizes):
+        return "tokens, width, warps, inner and gated must be powers of two"
+    if tile.warps > 32 or not 1 <= tile.stages <= 8 or tile.parts < 1 or tile.shares < 1:
+        return "it takes up to 32 warps, 1 to 8 stages, and at least 1 part and share"
+    if tile.tokens * tile.width > 2**20:
+        return "a tile has at most 2**20 elements"
+    if tile.flat and not (spec.op in FLAT and spec.products in ("split", "bf16") and not spec.mix):
+        return f"{spec.name} in {spec.dtype} has no flat form"
+    if spec.op in WHOLE_ROWS and not (spec.op in ("pre", "pre_backward") and spec.norm == "none"):
+        whole = tile.tokens == 1 and tile.width == spec.row and tile.parts == 1
+        return "" if whole else f"its tile is one whole row, width {spec.row}"
+    one_strip = spec.op in ("pre", "seam_backward") or (spec.op == "mix_backward" and not tile.flat)
+    if one_strip and tile.parts * tile.width < c:
+        return f"{tile.parts} parts of {tile.width} channels do not cover {c}"
+    if spec.op == "pre_backward" and tile.parts != 1:
+        return "it has one part"
+    if spec.op in PRODUCTS and min(tile.tokens, tile.width, tile.inner) < 16:
+        return "products take at least 16 tokens and 16 channels"
+    if spec.op == "mix_backward" and tile.flat:
+        rows = tile.tokens << (spec.streams - 1).bit_length()
+        return "" if min(rows, tile.width) >= 16 else "products take at least 16 rows and channels"
+    return ""
 
 
 def fits_whole(spec: KernelSpec) -> bool:
