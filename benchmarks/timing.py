@@ -82,8 +82,8 @@ def need_gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
-    """Microseconds of one call: the median over replays of a graph of all of them, one set each."""
+def graph_times(calls: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
+    """Microseconds of one call, a replay each of a graph of all of them, one set of inputs each."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, and fills caches that a graph must not own
@@ -105,7 +105,12 @@ def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> floa
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(calls))
     del kept
-    return statistics.median(times)
+    return times
+
+
+def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
+    """The median of `graph_times`."""
+    return statistics.median(graph_times(calls, repeats))
 
 
 def kernel_time(call: Callable[[], object], repeats: int = 5) -> tuple[float, int]:
