@@ -269,7 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start, args = time.perf_counter(), parse(arguments)
     torch._dynamo.config.recompile_limit = 4 * len(VERSIONS)  # versions share their model's code
     shape = make_shape(args.model, args.channels, args.blocks, args.length, args.batch)
-    found: dict[str, Any] = {"shape": asdict(shape), "checks": run_checks(args, shape)}
+    flops = step_flops(shape, build(shape, "meta", torch.bfloat16))
+    found: dict[str, Any] = {"shape": asdict(shape), "flops": flops}
+    found["checks"] = run_checks(args, shape)
     rows: dict[str, Row] = {}
 
     def save(more: dict[str, Row]) -> None:
@@ -277,8 +279,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(args, found | {"rows": rows})
 
     if args.repeats:
-        flops = step_flops(shape, build(shape, "meta", torch.bfloat16))
-        found["flops"] = flops
         time_versions(args, shape, start + args.budget, save)
         print(table(rows, shape, flops))
     save({})
