@@ -57,7 +57,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "seam_backward":
         return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
     if spec.op == "read_backward" and many and not full:
-        return replace(strips(128, 32, 8, 2), parts=even_parts(8, c, 32), flat=True)
+        return replace(strips(64, 64, 8, 2), parts=even_parts(8, c, 64), flat=True)
     if spec.op == "read_backward":
         warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
