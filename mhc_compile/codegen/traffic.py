@@ -88,7 +88,7 @@ def _slice_bytes(spec: KernelSpec, argument: Argument) -> int:
     columns = spec.columns
     if spec.op == "project" and spec.mix:
         columns = spec.maps
-    elif spec.tile.flat:
+    elif spec.tile.flat or spec.op == "phi_backward":
         columns = sum(width for _, width in spec.pieces)
     padded = argument.name in ("high", "low", "dh_high", "dh_low")
     return argument.slice_bytes * columns // spec.columns if padded else argument.slice_bytes
