@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,10 @@ def compile_one(job: tuple[KernelSpec, int]) -> None:
 def compile_ahead(
     pool: ProcessPoolExecutor | None, tokens: int, specs: Sequence[KernelSpec]
 ) -> None:
-    """Compiles kernels in other processes."""
-    if pool is not None:
-        list(pool.map(compile_one, [(spec, tokens) for spec in specs]))
+    """Compiles kernels in other processes; without them each compiles where it is tried."""
+    with contextlib.suppress(BrokenProcessPool):
+        if pool is not None:
+            list(pool.map(compile_one, [(spec, tokens) for spec in specs]))
 
 
 def cases(args: argparse.Namespace) -> Iterator[tuple[KernelSpec, int]]:

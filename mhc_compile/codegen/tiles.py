@@ -31,6 +31,8 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "seam_once":
         width = _width(32, spec.channels)
         return Tile(1, width, min(32, math.ceil(spec.channels / width)))
+    if spec.streams > 4 and (flat := flat_tile(spec)):
+        return flat
     if spec.op == "project":
         return _project(spec)
     if spec.op == "read":  # whole rows, and programs of as many warps for the gates
@@ -56,18 +58,30 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(1, _width(1024, c))
     if spec.op == "seam_backward":
         return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
-    if spec.op == "read_backward" and many and not full:
-        return replace(strips(64, 64, 8, 2), parts=even_parts(8, c, 64), flat=True)
     if spec.op == "read_backward":
         warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
-    if spec.op == "mix_backward" and many and not full:
-        return replace(strips(4, 256), parts=even_parts(8, c, 256), flat=True)
     if spec.op == "mix_backward":
         return strips(2 if many else 4, 256)
     assert spec.op == "phi_backward"
     width = (32 if full else 64) if many else 128
     return Tile(32, _width(width, spec.streams * c), 1, 4, 3)
+
+
+def flat_tile(spec: KernelSpec) -> Tile | None:
+    """The tile of a kernel's flat form; None if it has none."""
+    fewest = 16 >> (spec.streams - 1).bit_length()  # tokens whose streams are 16 rows
+    shapes = {
+        "project": (128, 64, 8, 3),
+        "read_backward": (64, 64, 8, 2),
+        "mix_backward": (max(4, fewest), 256, 4, 1),
+    }
+    if spec.op not in FLAT or spec.products not in ("split", "bf16") or spec.mix:
+        return None
+    tokens, width, warps, stages = shapes[spec.op]
+    width = _width(width, spec.channels)
+    parts = even_parts(8, spec.channels, width)
+    return Tile(tokens, width, parts, warps, stages, flat=True)
 
 
 def _width(most: int, channels: int) -> int:
@@ -91,7 +105,7 @@ def _project(spec: KernelSpec) -> Tile:
         return Tile(tokens, width, even_parts(8, spec.channels, width), warps, stages)
 
     if not spec.mix and spec.streams > 4:
-        return tile(16, 16, 8) if full else replace(tile(128, 64, 8, 3), flat=True)
+        return tile(16, 16, 8)
     if not spec.mix:
         return tile(64, 32, 4, 2)
     if full:
@@ -118,7 +132,7 @@ def tile_fault(spec: KernelSpec) -> str:
         return "it takes up to 32 warps, 1 to 8 stages, and at least 1 part and share"
     if tile.tokens * tile.width > 2**20:
         return "a tile has at most 2**20 elements"
-    if tile.flat and not (spec.op in FLAT and spec.products in ("split", "bf16") and not spec.mix):
+    if tile.flat and not flat_tile(spec):
         return f"{spec.name} in {spec.dtype} has no flat form"
     if spec.op in WHOLE_ROWS and not (spec.op in ("pre", "pre_backward") and spec.norm == "none"):
         whole = tile.tokens == 1 and tile.width == spec.row and tile.parts == 1

@@ -16,7 +16,7 @@ from mhc_compile.codegen.cache import load
 from mhc_compile.codegen.signature import Argument, arguments, counts, grid, group_tokens
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.codegen.tile_table import Entry
-from mhc_compile.codegen.tiles import even_parts, tile_fault
+from mhc_compile.codegen.tiles import even_parts, flat_tile, tile_fault
 from mhc_compile.codegen.traffic import traffic
 
 Measure = Callable[[Callable[[], object]], float]
@@ -60,7 +60,10 @@ class Trial:
 
 
 def neighbours(spec: KernelSpec) -> list[Tile]:
-    """Tiles that differ from a kernel's in one field or two, by a factor of two; all can run."""
+    """Tiles that differ from a kernel's in one field or two, by a factor of two, and its flat one.
+
+    All can run.
+    """
     tile, fields = spec.tile, _FIELDS[spec.op]
 
     def scaled(value: Tile, name: str, factor: float) -> Tile:
@@ -74,6 +77,8 @@ def neighbours(spec: KernelSpec) -> list[Tile]:
         if first in fields and second in fields:
             found.append(scaled(scaled(tile, first, a), second, b))
     fitted = [_fitted(spec, t) for t in found if min(t.tokens, t.width, t.parts) >= 1]
+    if not tile.flat and (other := flat_tile(spec)):
+        fitted.append(other)
     return [
         candidate for candidate in dict.fromkeys(fitted)
         if candidate != tile and not tile_fault(replace(spec, tile=candidate))

@@ -248,7 +248,7 @@ def test_neighbours_can_all_run(n):
             assert found and spec.tile not in found and len(set(found)) == len(found) < 20
             for tile in found:
                 assert tile_fault(replace(spec, tile=tile)) == ""
-                assert (tile.shares, tile.flat) == (spec.tile.shares, spec.tile.flat)
+                assert tile.shares == spec.tile.shares and tile.flat >= spec.tile.flat
 
 
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is off")
