@@ -22,7 +22,7 @@ import torch
 from tabulate import tabulate
 from timing import machine, need_gpu, spread, write_json
 from training_models import Shape, make_shape
-from training_steps import Training, Version, compiled, peak_of_step, time_steps
+from training_steps import Training, Version, compiled, failure, peak_of_step, time_steps
 
 import mhc_compile as mc
 from mhc_compile.backend.records import last_record
@@ -73,9 +73,8 @@ def measure_all(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
             name = {"streams": streams, "recompute": plan}
             try:
                 rows.append(name | measure(training, _version(plan, shape), args.repeats))
-            except (RuntimeError, ValueError) as error:  # the others' results are worth having
-                first = str(error).splitlines()[0][:200]
-                rows.append(name | {"status": f"failed: {type(error).__name__}: {first}"})
+            except Exception as error:  # the others' results are worth having
+                rows.append(name | {"status": failure(error)})
             plain = rows[0].get("measured")
             if plain and "blocks" in rows[-1]:
                 itemsize = training.batch[0].itemsize

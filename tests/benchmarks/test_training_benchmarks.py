@@ -7,12 +7,13 @@ import end_to_end
 import memory
 import pytest
 import torch
+import training_steps
 from training_models import Block, Experts, grouped_product, make_shape, small, step_flops
 from training_steps import VERSIONS, check
 
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--channels", "32", "--length", "16", "--batch", "1"]
-PARTS = {"eager", "ok", "loss", "weights", "connections"}
+PARTS = {"eager", "why", "loss", "weights", "connections"}
 
 
 def test_grouped_product_takes_each_rows_expert():
@@ -76,7 +77,32 @@ def test_sizes_of_the_models(kind, billions):
 def test_eager_equals_float64():
     found = check(make_shape("moe", 2560, 1, 16, 1), ["mhc, eager"], 2, CPU, torch.float32)
     assert set(found) == {"mhc, eager"} and set(found["mhc, eager"]) == PARTS
-    assert found["mhc, eager"]["ok"]
+    assert found["mhc, eager"]["why"] == ""
+
+
+def test_a_wrong_version_is_not_timed(tmp_path, monkeypatch, capsys):
+    bad = {"mhc, eager": {"eager": {}, "why": "wrong: loss is off by 1.0e+00"}}
+    monkeypatch.setattr(end_to_end, "check", lambda *_: bad)
+    path = tmp_path / "steps.json"
+    end_to_end.main([*TINY, "--check", "fp32", "--only", "mhc, eager", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert rows == {"mhc, eager": {"status": "wrong: loss is off by 1.0e+00"}}
+    assert "not timed: mhc, eager" in capsys.readouterr().out
+
+
+def test_errors_beyond_rounding_are_wrong(monkeypatch):
+    monkeypatch.setattr(training_steps, "compiled", lambda model, version: lambda *batch: (
+        1.1 * model(*batch)
+    ))  # fmt: skip
+    found = check(make_shape("dense", 2048, 1, 16, 1), ["mhc, eager"], 2, CPU, torch.float32)
+    assert "loss is off by 1.0e-01, weights is off by" in found["mhc, eager"]["why"]
+
+    def fails(model, version):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(training_steps, "compiled", fails)
+    found = check(make_shape("dense", 2048, 1, 16, 1), ["mhc, eager"], 2, CPU, torch.float32)
+    assert found["mhc, eager"]["why"] == "failed: RuntimeError: no compiler"
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -102,7 +128,7 @@ def test_a_used_up_budget_is_said(tmp_path):
 def test_every_version_equals_float64():
     for dtype in (torch.float32, torch.bfloat16):
         found = check(make_shape("dense", 2048, 1, 16, 1), list(VERSIONS), 4, CPU, dtype)
-        assert set(found) == set(VERSIONS) and all(row["ok"] for row in found.values())
+        assert set(found) == set(VERSIONS) and not any(row["why"] for row in found.values())
 
 
 @pytest.mark.long
