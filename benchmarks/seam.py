@@ -4,16 +4,25 @@ A chain of sublayers whose outputs f are given: read (coefficients, h), mix, rea
 with gradients given for each h and for the last streams. A seam, what lies between two sublayers,
 is half of the difference between chains of four and of two. Each library is first compared with
 float64 under its own convention. Times are replays of a CUDA graph, or sums of the times of kernels
-where a library cannot be captured. Libraries that are not there are listed as such.
+where a library cannot be captured. Libraries that are not there are listed as such. "of copy" is
+the time of a copy of the least that a seam can move, (2n + 2)C forward and (5n + 5)C in all (4C and
+9C of the plain residual), as a share of its own.
 
     python benchmarks/seam.py --tokens 8192 --hidden 4096
     python benchmarks/seam.py --hidden 2560 --only "these kernels" --json out/seam.json
+    python benchmarks/seam.py --sweep --hidden 4096 --streams 2 4 8 --json out/sweep.json
+
+--sweep takes all of the sizes below, or those that are given, until the budget is used up.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,19 +31,36 @@ from tabulate import tabulate
 from timing import (
     DTYPES,
     copy_rate,
-    graph_time,
+    graph_times,
     kernel_time,
+    machine,
     need_gpu,
     relative,
-    size_parser,
+    spread,
     write_json,
 )
 from torch import Tensor
 
 from mhc_compile import reference
 
-BOUNDS = {"bf16": 5e-2, "fp16": 1e-2, "fp32": 1e-2}
+BOUNDS = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-2}
 """Largest relative error (norms): tf32 and bf16 maps are within, a wrong transpose far beyond."""
+SWEEP = {
+    "streams": (4, 2, 8),
+    "hidden": (4096, 2560, 7168, 1280, 1920),
+    "tokens": (8192, 4096, 32768, 128, 1),
+}
+PLAIN = "plain residual and RMSNorm, torch.compile"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one table is for."""
+
+    tokens: int
+    hidden: int
+    streams: int
+    dtype: torch.dtype
 
 
 class Chain:
@@ -137,78 +163,141 @@ def plain(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) ->
     return lambda: step(*leaves), lambda: torch.autograd.grad(step(*leaves), leaves, given)
 
 
-def measure(call: Callable[[], object]) -> tuple[float, str]:
-    """Microseconds, and how they were taken."""
+def measure(call: Callable[[], object]) -> tuple[dict[str, float], str]:
+    """Microseconds, their median and quartiles, and how they were taken."""
     try:
-        return graph_time([call]), "graph"
+        return spread(graph_times([call])), "graph"
     except (RuntimeError, AssertionError):
         torch.cuda.synchronize()
-        return kernel_time(call)[0], "kernels"
+        return spread([kernel_time(call)[0]]), "kernels"
 
 
-def time_peer(peer: Peer, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Microseconds a seam."""
-    times: dict[int, list[float]] = {}
-    how = ""
+def time_peer(peer: Peer, size: Size, device: torch.device) -> dict[str, Any]:
+    """Microseconds a seam, and of the chains that they are the difference of."""
+    chains: dict[str, dict[str, float]] = {}
     for count in (2, 4):
-        chain = Chain(peer, count, args.tokens, args.streams, args.hidden, DTYPES[args.dtype],
-                      device)  # fmt: skip
-        forward, how = measure(chain.forward)
-        both, _ = measure(chain.both)
-        times[count] = [forward, both]
+        chain = Chain(peer, count, size.tokens, size.streams, size.hidden, size.dtype, device)
+        chains[f"forward {count}"], how = measure(chain.forward)
+        chains[f"both {count}"], _ = measure(chain.both)
         launches = kernel_time(chain.both)[1]
         del chain
         torch.cuda.empty_cache()
-    forward, both = ((b - a) / 2 for a, b in zip(times[2], times[4], strict=True))
-    return {"forward us": forward, "both us": both, "by": how, "launches of four": launches}
+    row: dict[str, Any] = {"by": how, "launches of four": launches, "chains us": chains}
+    for what in ("forward", "both"):
+        two, four = chains[f"{what} 2"], chains[f"{what} 4"]
+        row[f"{what} us"] = (four["median"] - two["median"]) / 2
+        row[f"{what} spread us"] = (four["high"] - four["low"] + two["high"] - two["low"]) / 4
+    return row
 
 
-def run_one(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def run_one(name: str, size: Size, device: torch.device) -> dict[str, Any]:
     """One row: a status, and times where the status is "ok"."""
     try:
         peer = PEERS[name]()
-        small = Chain(peer, 2, 256, args.streams, args.hidden, DTYPES[args.dtype], device)
+        small = Chain(peer, 2, 256, size.streams, size.hidden, size.dtype, device)
         errors = small.errors("RMSNorm" in name)
         worst = max(errors, key=lambda k: errors[k])
-        if not errors[worst] <= BOUNDS[args.dtype]:
+        if not errors[worst] <= BOUNDS[size.dtype]:
             return {"status": f"wrong: {worst} is off by {errors[worst]:.1e}", "errors": errors}
-        return {"status": "ok", "error": errors[worst], **time_peer(peer, args, device)}
+        return {"status": "ok", "error": errors[worst], **time_peer(peer, size, device)}
     except NotInstalledError as error:
         return {"status": f"not installed ({error})"}
     except Exception as error:  # a peer that fails must not end the others' run
         return {"status": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"}
 
 
-def main() -> None:
-    """Checks, times, prints."""
-    parser = size_parser(__doc__)
-    parser.add_argument("--only", action="append", choices=tuple(PEERS), help="may be repeated")
-    args = parser.parse_args()
-    device = need_gpu()
-    torch.manual_seed(0)
-    unit = args.tokens * args.hidden * DTYPES[args.dtype].itemsize
-    rate = copy_rate((2 * args.streams + 2) * unit, device)
-    forward, both = plain(args.tokens, args.hidden, DTYPES[args.dtype], device)
-    rows: dict[str, dict[str, Any]] = {
-        "plain residual and RMSNorm, torch.compile": {
-            "status": "ok", "forward us": measure(forward)[0], "both us": measure(both)[0]
-        }
-    }  # fmt: skip
-    for name in args.only or PEERS:
-        rows[name] = run_one(name, args, device)
+def run_size(
+    size: Size, names: Sequence[str], device: torch.device, until: float
+) -> dict[str, Any]:
+    """Rows of the plain residual and of libraries, while there is time."""
+    torch.compiler.reset()  # what was compiled for other sizes would be tried, or made dynamic
+    unit = size.tokens * size.hidden * size.dtype.itemsize
+    rate = copy_rate((2 * size.streams + 2) * unit, device)
+    forward, both = plain(size.tokens, size.hidden, size.dtype, device)
+    times = {"forward us": measure(forward)[0]["median"], "both us": measure(both)[0]["median"]}
+    rows: dict[str, dict[str, Any]] = {PLAIN: {"status": "ok", **times}}
+    for name in names:
+        if time.perf_counter() > until:
+            rows[name] = {"status": "not run: the budget is used up"}
+            continue
+        rows[name] = run_one(name, size, device)
+        gc.collect()
         torch.cuda.empty_cache()
-    table = []
     for name, row in rows.items():
+        least = (4, 9) if name == PLAIN else (2 * size.streams + 2, 5 * size.streams + 5)
+        for what, units in zip(("forward", "both"), least, strict=True):
+            if f"{what} us" in row:
+                row[f"{what} of copy"] = units * unit / rate / row[f"{what} us"]
+    shape = {"tokens": size.tokens, "hidden": size.hidden, "streams": size.streams}
+    return {**shape, "copy_bytes_per_us": rate, "rows": rows}
+
+
+def table(result: dict[str, Any], itemsize: int) -> str:
+    """The rows of one size as text."""
+    unit = result["tokens"] * result["hidden"] * itemsize
+    rate, body = result["copy_bytes_per_us"], []
+    for name, row in result["rows"].items():
         cells = [f"{row[k]:.0f} ({row[k] * rate / unit:.1f} C)" if k in row else ""
                  for k in ("forward us", "both us")]  # fmt: skip
+        shares = [f"{row[k]:.2f}" if k in row else "" for k in ("forward of copy", "both of copy")]
         error = f"{row['error']:.0e}" if "error" in row else ""
-        table.append([name, *cells, row.get("by", ""), error, row["status"]])
-    headers = ["one seam", "forward us", "forward and backward us", "by", "error", "status"]
-    print(tabulate(table, headers, tablefmt="github"))
-    print(f"\n1 C at the rate of a copy ({rate / 1e6:.3f} TB/s): {unit / rate:.1f} us. "
-          f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.tokens} tokens, "
-          f"n = {args.streams}, C = {args.hidden}, {args.dtype}")  # fmt: skip
-    write_json(args, {"copy_bytes_per_us": rate, "rows": rows})
+        body.append([name, cells[0], shares[0], cells[1], shares[1], row.get("by", ""), error,
+                     row["status"]])  # fmt: skip
+    headers = ["one seam", "forward us", "of copy", "forward and backward us", "of copy", "by",
+               "error", "status"]  # fmt: skip
+    sizes = f"{result['tokens']} tokens, n = {result['streams']}, C = {result['hidden']}"
+    text = tabulate(body, headers, tablefmt="github", disable_numparse=True)
+    copied = f"1 C at the rate of a copy ({rate / 1e6:.3f} TB/s): {unit / rate:.1f} us"
+    return f"{text}\n\n{sizes}; {copied}\n"
+
+
+def sizes_of(args: argparse.Namespace) -> list[Size]:
+    """The sizes to run; those of a sweep in an order that begins with the usual ones."""
+    dtype = DTYPES[args.dtype]
+    if not args.sweep:
+        (tokens,), (hidden,), (streams,) = (
+            given or [usual] for given, usual in
+            ((args.tokens, 8192), (args.hidden, 4096), (args.streams, 4))
+        )  # fmt: skip
+        return [Size(tokens, hidden, streams, dtype)]
+    return [
+        Size(tokens, hidden, streams, dtype)
+        for streams in args.streams or SWEEP["streams"]
+        for hidden in args.hidden or SWEEP["hidden"]
+        for tokens in args.tokens or SWEEP["tokens"]
+    ]
+
+
+def main() -> None:
+    """Checks, times, prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for name, usual in SWEEP.items():
+        what = f"of a sweep: {', '.join(map(str, usual))}"
+        parser.add_argument(f"--{name}", type=int, nargs="+", help=what)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--only", action="append", choices=tuple(PEERS), help="may be repeated")
+    parser.add_argument("--budget", type=float, default=540, help="seconds")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    args = parser.parse_args()
+    until = time.perf_counter() + args.budget
+    device = need_gpu()
+    torch.manual_seed(0)
+    results = []
+    for size in sizes_of(args):
+        if time.perf_counter() > until:
+            print(f"not run, the budget is used up: {size}")
+            continue
+        try:
+            results.append(run_size(size, args.only or list(PEERS), device, until))
+        except torch.OutOfMemoryError:
+            print(f"no memory for {size}")
+            continue
+        print(table(results[-1], size.dtype.itemsize), flush=True)
+        write_json(args, {"sizes": results})
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.metadata
+import importlib.util
 import json
+import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,12 +35,38 @@ def size_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def write_json(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Writes the arguments, the GPU, torch's version and a result, if --json was given."""
+    """Writes the arguments, `machine()` and a result, if --json was given."""
     if args.json:
         setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        setting |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"setting": setting} | result, indent=1))
+        args.json.write_text(json.dumps({"setting": setting | machine()} | result, indent=1))
+
+
+@functools.cache
+def machine() -> dict[str, str]:
+    """The device, and the versions of its driver and of what runs on it."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    if importlib.util.find_spec("triton"):
+        found["triton"] = importlib.metadata.version("triton")
+    if not torch.cuda.is_available():
+        return found | {"processor": platform.processor() or platform.machine()}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        driver = "unknown"
+    driver = driver.splitlines()[0].strip() if driver else "unknown"
+    return found | {"gpu": torch.cuda.get_device_name(), "driver": driver}
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """The median of some times, and the quartiles beside it."""
+    if len(times) < 2:
+        return {"median": times[0], "low": times[0], "high": times[0]}
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
 
 
 def need_gpu() -> torch.device:
@@ -51,8 +82,8 @@ def need_gpu() -> torch.device:
     return torch.device("cuda")
 
 
-def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
-    """Microseconds of one call: the median over replays of a graph of all of them, one set each."""
+def graph_times(calls: Sequence[Callable[[], object]], repeats: int = 15) -> list[float]:
+    """Microseconds of one call, a replay each of a graph of all of them, one set of inputs each."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, and fills caches that a graph must not own
@@ -74,7 +105,12 @@ def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> floa
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / len(calls))
     del kept
-    return statistics.median(times)
+    return times
+
+
+def graph_time(calls: Sequence[Callable[[], object]], repeats: int = 15) -> float:
+    """The median of `graph_times`."""
+    return statistics.median(graph_times(calls, repeats))
 
 
 def kernel_time(call: Callable[[], object], repeats: int = 5) -> tuple[float, int]:

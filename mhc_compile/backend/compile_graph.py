@@ -24,6 +24,7 @@ from mhc_compile.backend.fuse_seams import fuse_seams
 from mhc_compile.backend.graph_nodes import graphs
 from mhc_compile.backend.options import Options, parse_options
 from mhc_compile.backend.records import GraphRecord, keep
+from mhc_compile.codegen.tuning import set_tuning
 
 PASSES = (fuse_seams, fuse_collapses, fuse_norms, fuse_expand)
 """The passes over a captured graph, in this order."""
@@ -64,6 +65,8 @@ def mhc(
         [torch.Size([3, 8]), torch.Size([3, 2]), torch.Size([3, 2, 2])]
     """
     chosen = parse_options(options, mode)
+    if chosen.tune is not None:
+        set_tuning(chosen.tune)
     record = _start_record(gm, example_inputs, chosen)
     if chosen.fuse and record.operators:
         run_passes(gm, record)

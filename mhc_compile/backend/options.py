@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mhc_compile._torch_compat import inductor_mode_options, inductor_option_names
+from mhc_compile.codegen.tuning import MODES as TUNING
 from mhc_compile.errors import ConfigError, check_choice, nearest
 from mhc_compile.scheduler.choose_plan import Recompute, check_recompute
 
@@ -30,6 +31,8 @@ class Options:
         lower: what runs the graph: "inductor", "aot_eager" or "eager".
         kernels: "auto" runs generated Triton kernels where there are any and lets Inductor
             generate the steps elsewhere; "triton" insists on the former, "reference" on the latter.
+        tune: how tiles of generated kernels are chosen, for the whole process from then on: "off",
+            "cached" or "full", see `mhc_compile.codegen.tuning.set_tuning`; None leaves it.
         mode: as `mode=` of torch.compile, which cannot be given beside `options=`.
         inductor: Inductor's own settings, as its `options=`.
     """
@@ -39,6 +42,7 @@ class Options:
     fuse: bool = True
     lower: str = "inductor"
     kernels: str = "auto"
+    tune: str | None = None
     mode: str = "default"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,6 +80,8 @@ def _check(options: Options) -> None:
     for name, allowed in _CHOICES.items():
         check_choice(f"the option {name}", getattr(options, name), allowed)
     check_choice("the option mode", options.mode, _MODES)
+    if options.tune is not None:
+        check_choice("the option tune", options.tune, TUNING)
     if not isinstance(options.fuse, bool):
         raise ConfigError(f"the option fuse must be True or False, got {options.fuse!r}")
     if not isinstance(options.inductor, Mapping):

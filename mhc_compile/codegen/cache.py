@@ -33,8 +33,12 @@ def cache_directory() -> Path:
     return Path(chosen).absolute() if chosen else platformdirs.user_cache_path("mhc_compile")
 
 
-def _checked(directory: Path) -> Path:
-    """Creates the directory where needed; refuses one into which somebody else can write."""
+def checked(directory: Path) -> Path:
+    """Creates the directory where needed; refuses one into which somebody else can write.
+
+    Raises:
+        MHCError: it belongs to another user, or others can write into it.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     remedy = f"set {ENV} to a directory of your own, or leave it to be created"
     status = directory.stat()
@@ -81,7 +85,7 @@ def write_source(text: str, stem: str) -> Path:
     content = text.encode()
     name = f"{stem}_{hashlib.sha256(content).hexdigest()}.py"
     try:
-        return _keep(_checked(cache_directory()), name, content)
+        return _keep(checked(cache_directory()), name, content)
     except OSError:
         return _keep(_temporary_directory(), name, content)
 

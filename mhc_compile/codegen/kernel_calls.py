@@ -17,7 +17,8 @@ from torch import Tensor
 from mhc_compile.codegen.cache import load
 from mhc_compile.codegen.signature import counts, grid, group_tokens
 from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
-from mhc_compile.codegen.tiles import choose_tile, fits_whole
+from mhc_compile.codegen.tiles import fits_whole
+from mhc_compile.codegen.tuning import Tuning, tile_for, tuning_of
 from mhc_compile.conventions import Convention
 from mhc_compile.map_layout import as_components, as_maps
 
@@ -29,12 +30,12 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @functools.lru_cache(maxsize=1024)
 def _tiled(
-    base: KernelSpec, op: str, tokens: int, fields: tuple[tuple[str, Any], ...]
+    base: KernelSpec, op: str, tokens: int, fields: tuple[tuple[str, Any], ...], tuning: Tuning
 ) -> KernelSpec:
     """A spec with its tile; kept, since every launch asks for one."""
     rule = base.rule if op in GATED else Convention("paper")
     spec = replace(base, op=op, **{"rule": rule, **dict(fields)})
-    return replace(spec, tile=choose_tile(spec, tokens))
+    return replace(spec, tile=tile_for(spec, tokens, tuning))
 
 
 class KernelCalls:
@@ -52,6 +53,7 @@ class KernelCalls:
         self.lead, (self.n, self.channels) = x.shape[:-2], x.shape[-2:]
         self.tokens = math.prod(self.lead)
         self.dtype, self.device = x.dtype, x.device
+        self.tuning = tuning_of(x.device)
         self.maps = self.n * (self.n + 2)
         target = "interpret" if not x.is_cuda else "hip" if torch.version.hip else "cuda"
         name = NAMES[x.dtype]
@@ -62,7 +64,7 @@ class KernelCalls:
 
     def spec(self, op: str, **fields: Any) -> KernelSpec:
         """The kernel of an operation for these streams."""
-        return _tiled(self.base, op, self.tokens, tuple(fields.items()))
+        return _tiled(self.base, op, self.tokens, tuple(fields.items()), self.tuning)
 
     def run(self, spec: KernelSpec, *args: Any) -> None:
         """Launches a kernel; None stands for an argument that it does not read."""

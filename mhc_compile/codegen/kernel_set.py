@@ -75,7 +75,7 @@ def kernel_set(
         specs.append(replace(spec, tile=choose_tile(spec, tokens)))
     # The parts that "gates" and "read" add up are those of the kernel before.
     parts = next(spec.tile.parts for spec in specs if spec.op == "project")
-    given = {"gates": {"parts": parts}, "read": {"shares": parts}}
+    given: dict[str, dict[str, Any]] = {"gates": {"parts": parts}, "read": {"shares": parts}}
     return tuple(
         replace(spec, tile=replace(spec.tile, **given[spec.op])) if spec.op in given else spec
         for spec in specs

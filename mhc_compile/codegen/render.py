@@ -22,7 +22,8 @@ def _environment() -> jinja2.Environment:
 def render(spec: KernelSpec) -> str:
     """The source of a module with one kernel, `kernel`; the same text for the same spec."""
     plan = sinkhorn_plan(spec)
-    template = _environment().get_template(f"{spec.op}.py.jinja")
+    flat = "_flat" if spec.tile.flat else ""
+    template = _environment().get_template(f"{spec.op}{flat}.py.jinja")
     text = template.render(
         spec=spec, n=spec.streams, C=spec.channels, K=spec.maps, KP=spec.columns,
         BT=spec.tile.tokens, BC=spec.tile.width, PARTS=spec.tile.parts, SPAN=spec.span,
@@ -32,6 +33,6 @@ def render(spec: KernelSpec) -> str:
         precision="ieee" if spec.target == "hip" and spec.products == "tf32x3" else spec.products,
         streams=range(spec.streams), rule=spec.rule, plan=plan,
         log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
-        NP=1 << (spec.streams - 1).bit_length(),
+        PIECES=spec.pieces, NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip
     return re.sub(r"\n(?:[ ]*\n)+(?=    )", "\n", text).rstrip() + "\n"  # macros leave empty lines

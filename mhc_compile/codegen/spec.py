@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
@@ -36,6 +37,8 @@ class Tile:
         inner: channels of one matrix product, a power of two.
         shares: in how many parts products come to "read" from the kernel before.
         gated: tokens of a program of "read" that computes gates, a power of two.
+        flat: the code has one loop over all streams, or one product of them, instead of a copy for
+            each: for many streams, and bf16 products alone.
     """
 
     tokens: int
@@ -46,6 +49,7 @@ class Tile:
     inner: int = 64
     shares: int = 1
     gated: int = 1
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,19 @@ class KernelSpec:
         affine = [flag for flag in ("weight", "shift") if norm and getattr(self, flag)]
         return "_".join([self.op, *flags, *norm, *affine])
 
+    @staticmethod
+    def fields_of(name: str) -> dict[str, Any]:
+        """The operation and the variant that a `name` stands for, as fields."""
+        for op in sorted(OPS, key=len, reverse=True):
+            flags = name[len(op) :].split("_")[1:]
+            if name != "_".join([op, *flags]):
+                continue
+            norm = [flag for flag in flags if flag in NORMS[1:]]
+            known = [flag for flag in flags if flag in ("mix", "carry", "weight", "shift")]
+            if len(norm) < 2 and len(norm) + len(known) == len(flags):
+                return {"op": op, "norm": norm[0] if norm else "none", **dict.fromkeys(known, True)}
+        raise MHCError(f"there is no kernel {name!r}: the operations are {', '.join(OPS)}")
+
     @property
     def maps(self) -> int:
         """Columns of phi: n pre, n post and n * n res."""
@@ -121,6 +138,17 @@ class KernelSpec:
     def columns(self) -> int:
         """`maps` padded for the matrix units: a power of two of at least 16."""
         return max(16, 1 << (self.maps - 1).bit_length())
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """First column and width of the powers of two that `maps` is cut into, 16 at least."""
+        found: list[tuple[int, int]] = []
+        first, end = 0, -(-self.maps // 16) * 16
+        while first < end:
+            width = 1 << ((end - first).bit_length() - 1)
+            found.append((first, width))
+            first += width
+        return tuple(found)
 
     @property
     def span(self) -> int:

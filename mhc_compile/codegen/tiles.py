@@ -7,6 +7,13 @@ from dataclasses import replace
 
 from mhc_compile.codegen.spec import KernelSpec, Tile
 
+FLAT = ("project", "read_backward", "mix_backward")
+"""Operations with a second template, see `Tile.flat`."""
+WHOLE_ROWS = ("read", "pre", "pre_backward")
+"""Operations whose programs hold whole rows of channels, those of a norm at least."""
+PRODUCTS = ("project", "seam_backward", "read_backward", "phi_backward")
+"""Operations whose tokens and channels are sides of matrix products."""
+
 
 def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     """The tile of a kernel; `tokens` may matter by its order of magnitude, today it does not.
@@ -24,6 +31,8 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "seam_once":
         width = _width(32, spec.channels)
         return Tile(1, width, min(32, math.ceil(spec.channels / width)))
+    if spec.streams > 4 and (flat := flat_tile(spec)):
+        return flat
     if spec.op == "project":
         return _project(spec)
     if spec.op == "read":  # whole rows, and programs of as many warps for the gates
@@ -50,7 +59,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "seam_backward":
         return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
     if spec.op == "read_backward":
-        warps = (8 if full else 4) if many else 2 if odd else 1
+        warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
     if spec.op == "mix_backward":
         return strips(2 if many else 4, 256)
@@ -59,9 +68,32 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     return Tile(32, _width(width, spec.streams * c), 1, 4, 3)
 
 
+def flat_tile(spec: KernelSpec) -> Tile | None:
+    """The tile of a kernel's flat form; None if it has none."""
+    fewest = 16 >> (spec.streams - 1).bit_length()  # tokens whose streams are 16 rows
+    shapes = {
+        "project": (128, 64, 8, 3),
+        "read_backward": (64, 64, 8, 2),
+        "mix_backward": (max(4, fewest), 256, 4, 1),
+    }
+    if spec.op not in FLAT or spec.products not in ("split", "bf16") or spec.mix:
+        return None
+    tokens, width, warps, stages = shapes[spec.op]
+    width = _width(width, spec.channels)
+    parts = even_parts(8, spec.channels, width)
+    return Tile(tokens, width, parts, warps, stages, flat=True)
+
+
 def _width(most: int, channels: int) -> int:
     """A power of two of at least 16, as products need, that covers the channels if it may."""
     return max(16, min(most, 1 << (channels - 1).bit_length()))
+
+
+def even_parts(most: int, channels: int, width: int) -> int:
+    """Parts with equally many strips of channels, so that none sticks out, if there are enough."""
+    strips = math.ceil(channels / _width(width, channels))
+    even = max(parts for parts in range(1, most + 1) if strips % parts == 0)
+    return even if 2 * even >= min(most, strips) else min(most, strips)
 
 
 def _project(spec: KernelSpec) -> Tile:
@@ -70,10 +102,10 @@ def _project(spec: KernelSpec) -> Tile:
 
     def tile(tokens: int, width: int, warps: int, stages: int = 1) -> Tile:
         width = _width(width, spec.channels)
-        return Tile(tokens, width, min(8, math.ceil(spec.channels / width)), warps, stages)
+        return Tile(tokens, width, even_parts(8, spec.channels, width), warps, stages)
 
     if not spec.mix and spec.streams > 4:
-        return tile(16, 16, 8) if full else tile(32, 32, 4)
+        return tile(16, 16, 8)
     if not spec.mix:
         return tile(64, 32, 4, 2)
     if full:
@@ -88,6 +120,34 @@ def _norm(spec: KernelSpec) -> Tile:
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
     elements = 512 if spec.streams > 4 else 1024  # of a row in each warp
     return Tile(1, spec.row, 1, max(4, min(32, spec.row // elements)))
+
+
+def tile_fault(spec: KernelSpec) -> str:
+    """Why a kernel cannot run with its tile, which would compute something else; "" if it can."""
+    tile, c = spec.tile, spec.channels
+    sizes = (tile.tokens, tile.width, tile.warps, tile.inner, tile.gated)
+    if any(size < 1 or size & (size - 1) for size in sizes):
+        return "tokens, width, warps, inner and gated must be powers of two"
+    if tile.warps > 32 or not 1 <= tile.stages <= 8 or tile.parts < 1 or tile.shares < 1:
+        return "it takes up to 32 warps, 1 to 8 stages, and at least 1 part and share"
+    if tile.tokens * tile.width > 2**20:
+        return "a tile has at most 2**20 elements"
+    if tile.flat and not flat_tile(spec):
+        return f"{spec.name} in {spec.dtype} has no flat form"
+    if spec.op in WHOLE_ROWS and not (spec.op in ("pre", "pre_backward") and spec.norm == "none"):
+        whole = tile.tokens == 1 and tile.width == spec.row and tile.parts == 1
+        return "" if whole else f"its tile is one whole row, width {spec.row}"
+    one_strip = spec.op in ("pre", "seam_backward") or (spec.op == "mix_backward" and not tile.flat)
+    if one_strip and tile.parts * tile.width < c:
+        return f"{tile.parts} parts of {tile.width} channels do not cover {c}"
+    if spec.op == "pre_backward" and tile.parts != 1:
+        return "it has one part"
+    if spec.op in PRODUCTS and min(tile.tokens, tile.width, tile.inner) < 16:
+        return "products take at least 16 tokens and 16 channels"
+    if spec.op == "mix_backward" and tile.flat:
+        rows = tile.tokens << (spec.streams - 1).bit_length()
+        return "" if min(rows, tile.width) >= 16 else "products take at least 16 rows and channels"
+    return ""
 
 
 def fits_whole(spec: KernelSpec) -> bool:

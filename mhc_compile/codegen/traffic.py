@@ -85,9 +85,13 @@ def _sides(spec: KernelSpec) -> Iterator[list[Argument]]:
 
 def _slice_bytes(spec: KernelSpec, argument: Argument) -> int:
     """Bytes that a kernel moves of one slice; the padding of phi's columns may stay where it is."""
-    if spec.op == "project" and spec.mix and argument.name in ("high", "low"):
-        return argument.slice_bytes * spec.maps // spec.columns
-    return argument.slice_bytes
+    columns = spec.columns
+    if spec.op == "project" and spec.mix:
+        columns = spec.maps
+    elif spec.tile.flat or spec.op == "phi_backward":
+        columns = sum(width for _, width in spec.pieces)
+    padded = argument.name in ("high", "low", "dh_high", "dh_low")
+    return argument.slice_bytes * columns // spec.columns if padded else argument.slice_bytes
 
 
 def traffic(spec: KernelSpec, tokens: int) -> Traffic:

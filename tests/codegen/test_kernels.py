@@ -85,6 +85,7 @@ CASES = [
     Case("seam", 1, 4099, 3, F16, norm="rms plain"),
     Case("seam", 2, 1000, 3, BF16, norm="layer", apart=True),
     Case("seam", 1, 4099, 1, BF16, norm="rms", apart=True),
+    Case("seam", 7, 520, 1, BF16, norm="rms"),  # turns of the loops over channels
     *(Case("seam", 1, tokens=tokens, dtype=next(DTYPE), norm="rms") for tokens in (0, 64, 130)),
     *(Case(op, 2, 33, tokens, next(DTYPE)) for op in OPERATORS[:4] for tokens in (0, 70)),
     *(Case(op, next(STREAMS), channels, tokens, next(DTYPE))

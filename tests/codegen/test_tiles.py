@@ -41,7 +41,10 @@ def test_everything_is_covered(n, dtype):
             assert all(covered_tokens(spec, tokens) >= tokens for tokens in TOKENS), spec
             assert 1 <= tile.warps <= 32 and not tile.warps & (tile.warps - 1)
             if "tl.dot(" in (text := render(spec)):  # the least that matrix units take
-                assert min(tile.tokens, tile.width, spec.columns) >= 16, spec
+                rows = tile.tokens
+                if spec.op == "mix_backward":  # streams are rows too
+                    rows *= 1 << (n - 1).bit_length()
+                assert min(rows, tile.width, spec.columns) >= 16, spec
             assert parameters(text)
 
 
@@ -50,8 +53,17 @@ def test_kernels_of_one_strip_have_no_loop(n):
     """Some templates work on `tile.width` channels a part and do not loop over more."""
     for channels in (1, 1000, 16384):
         for spec in kernel_set(n, channels):
-            if spec.op in ("pre", "seam_backward", "mix_backward"):
+            if spec.op in ("pre", "seam_backward", "mix_backward") and not spec.tile.flat:
                 assert spec.span == spec.tile.width
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_pieces_cover_the_columns_of_phi(n):
+    spec = kernel_set(n, 64)[0]
+    ends = [first + width for first, width in spec.pieces]
+    assert [first for first, _ in spec.pieces] == [0, *ends[:-1]]
+    assert spec.maps <= ends[-1] < spec.maps + 16 and ends[-1] <= spec.columns
+    assert all(width >= 16 and not width & (width - 1) for _, width in spec.pieces)
 
 
 def test_gates_add_up_the_parts_of_the_products():

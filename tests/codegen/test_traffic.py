@@ -13,6 +13,7 @@ from mhc_compile.errors import MHCError
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is off")
 SIZES = [(4, 64, "bf16", 20), (2, 50, "fp32", 33), (1, 24, "fp16", 3), (3, 80, "bf16", 17)]
+SIZES += [(8, 40, "bf16", 5), (6, 64, "bf16", 9)]
 SPECS = [
     (spec, tokens)
     for n, channels, dtype, tokens in SIZES

@@ -1,0 +1,174 @@
+"""Writes the README's section of measurements from the JSON files of other benchmarks.
+
+What stands between the two marks is replaced by one table a file, of end_to_end.py, memory.py,
+seam.py and training_check.py; without files nothing is changed.
+
+    python benchmarks/readme_table.py benchmarks/results/*.json
+    python benchmarks/readme_table.py out/dense.json --page docs/backend.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
+README = Path(__file__).parents[1] / "README.md"
+Found = dict[str, Any]
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose cells stay as they are."""
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def where(found: Found) -> str:
+    """The device and the versions of a file."""
+    setting = found["setting"]
+    names = ("gpu", "processor", "driver", "torch", "triton")
+    plain = ("gpu", "processor")
+    return ", ".join(
+        setting[name] if name in plain else f"{name} {setting[name]}"
+        for name in names if name in setting
+    )  # fmt: skip
+
+
+def model_of(found: Found) -> str:
+    """The model of a file."""
+    s = found["setting"]
+    tokens = f"{s['batch']} x {s['length']} tokens, bf16"
+    return f"{s['model']}, C = {s['channels']}, {s['blocks']} blocks, {tokens}"
+
+
+def end_to_end(found: Found) -> str:
+    """A table of training steps."""
+    rows, body = found["rows"], []
+    plain = rows.get("plain", {})
+
+    def ratio(row: Found, key: str) -> str:
+        return f"{row[key]['median'] / plain[key]['median']:.3f}" if key in plain else ""
+
+    for name, row in rows.items():
+        if row["status"] != "ok":
+            body.append([name, row["status"], "", "", "", "", ""])
+            continue
+        step, both = row["step ms"], row["forward and backward ms"]
+        tokens = found["shape"]["batch"] * found["shape"]["length"] / step["median"] * 1e3
+        body.append([
+            name, f"{step['median']:.2f} ({step['low']:.2f} to {step['high']:.2f})",
+            ratio(row, "step ms"), f"{both['median']:.2f}", ratio(row, "forward and backward ms"),
+            f"{tokens:,.0f}", f"{row['peak bytes'] / 2**30:.2f}",
+        ])  # fmt: skip
+    headers = ["version", "step ms (quartiles)", "x plain", "forward and backward ms", "x plain",
+               "tokens/s", "peak GiB"]  # fmt: skip
+    graph = ", steps as CUDA graphs" if found["setting"]["graph"] else ""
+    title = (
+        f"Training steps with AdamW, {model_of(found)}, n = {found['setting']['streams']}{graph}"
+    )
+    return f"{title}; {where(found)}:\n\n{markdown(headers, body)}"
+
+
+def memory(found: Found) -> str:
+    """A table of what a forward and backward keep."""
+    body = []
+    for row in found["rows"]:
+        name = [str(row["streams"]), row["recompute"]]
+        if row["status"] != "ok":
+            body.append([*name, row["status"], "", "", ""])
+            continue
+        blocks = "; ".join(", ".join(map(str, chain)) for chain in row.get("blocks", []))
+        predicted = f"{row['predicted'] / 2**30:.2f}" if "predicted" in row else ""
+        body.append([*name, blocks, f"{row['measured'] / 2**30:.2f}", predicted,
+                     f"{row['ms']['median']:.2f}"])  # fmt: skip
+    headers = ["n", "recompute", "blocks", "activations' peak GiB", "predicted",
+               "forward and backward ms"]  # fmt: skip
+    return f"Memory, {model_of(found)}; {where(found)}:\n\n{markdown(headers, body)}"
+
+
+def seam(found: Found) -> str:
+    """A table of one seam by several libraries."""
+    body = []
+    for size in found["sizes"]:
+        for name, row in size["rows"].items():
+            if row["status"] != "ok":
+                continue
+            body.append([
+                str(size["tokens"]), str(size["hidden"]), str(size["streams"]), name,
+                f"{row['forward us']:.0f}", f"{row['forward of copy']:.2f}",
+                f"{row['both us']:.0f}", f"{row['both of copy']:.2f}",
+            ])  # fmt: skip
+    headers = ["tokens", "C", "n", "one seam", "forward us", "of copy", "forward and backward us",
+               "of copy"]  # fmt: skip
+    title = f"One seam, {found['setting']['dtype']}, and the share of a copy's rate"
+    return f"{title}; {where(found)}:\n\n{markdown(headers, body)}"
+
+
+def training(found: Found) -> str:
+    """Two sentences about training runs."""
+    s, result = found["setting"], found["compared"]
+    bits = f"not in {found['differs']}" if found["differs"] else "in every bit"
+    return (
+        f"bf16 training of a small model, {s['steps']} steps, {s['seeds']} seeds: the final losses "
+        "with generated kernels and with the formulas differ by "
+        f"{result['difference']:+.4f} on average, standard error {result['standard error']:.4f}; "
+        f"two runs with one seed are equal {bits}. {where(found)}."
+    )
+
+
+KINDS: tuple[tuple[str, Callable[[Found], str]], ...] = (
+    ("flops", end_to_end), ("compared", training), ("sizes", seam), ("rows", memory),
+)  # fmt: skip
+"""The key by which a file is known, the first that it has."""
+
+
+def section(paths: Sequence[Path]) -> str:
+    """The text for some files.
+
+    Raises:
+        SystemExit: a file is not one of these benchmarks'.
+    """
+    parts = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        kinds = [write for key, write in KINDS if key in found]
+        if not kinds or "setting" not in found:
+            raise SystemExit(f"{path} was not written by end_to_end, memory, seam, training_check")
+        parts.append(kinds[0](found))
+    return "\n\n".join(parts)
+
+
+def replaced(page: str, text: str) -> str:
+    """A page with the section between its marks replaced.
+
+    Raises:
+        SystemExit: it has no such marks.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise SystemExit(f"the page needs the two lines {BEGIN} and {END}, once, in this order")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrites the section."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="*")
+    parser.add_argument("--page", type=Path, default=README)
+    args = parser.parse_args(arguments)
+    paths = [path for path in args.files if path.exists()]
+    if not paths:
+        sys.stderr.write(f"no measurements: {args.page.name} stays as it is\n")
+        return
+    args.page.write_text(replaced(args.page.read_text(), section(paths)))
+
+
+if __name__ == "__main__":
+    main()

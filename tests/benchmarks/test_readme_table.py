@@ -1,0 +1,87 @@
+"""The README's measurements: only what files say, between the marks, and nothing without files."""
+
+import json
+
+import pytest
+import readme_table
+from readme_table import BEGIN, END, README, main
+
+SETTING = {
+    "model": "dense", "channels": 64, "blocks": 2, "batch": 1, "length": 16, "streams": 4,
+    "graph": False, "dtype": "bf16", "steps": 500, "seeds": 4,
+    "gpu": "a GPU", "driver": "1.2", "torch": "3.4", "triton": "5.6",
+}  # fmt: skip
+MS = {"median": 4.0, "low": 3.9, "high": 4.2}
+STEP = {"status": "ok", "step ms": MS, "forward and backward ms": MS, "peak bytes": 3 * 2**30}
+SLOW = {"median": 5.0, "low": 4.9, "high": 5.2}
+FILES = {
+    "steps": {
+        "flops": 1.0, "shape": {"batch": 1, "length": 16},
+        "rows": {"plain": STEP, "mhc": STEP | {"step ms": SLOW}, "hc": {"status": "failed: why"}},
+    },
+    "memory": {
+        "rows": [
+            {"status": "ok", "streams": 1, "recompute": "plain", "measured": 2**30, "ms": MS},
+            {"status": "ok", "streams": 4, "recompute": "paper", "measured": 2**31, "ms": MS,
+             "predicted": 2**30, "blocks": [[2, 1, 1]]},
+        ]
+    },
+    "seam": {
+        "sizes": [{
+            "tokens": 8, "hidden": 64, "streams": 4,
+            "rows": {
+                "ours": {"status": "ok", "forward us": 10.0, "both us": 30.0,
+                         "forward of copy": 0.5, "both of copy": 0.25},
+                "theirs": {"status": "not installed"},
+            },
+        }]
+    },
+    "check": {"compared": {"difference": 1e-3, "standard error": 2e-3}, "differs": ""},
+}  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    return path
+
+
+def written(tmp_path, name):
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps({"setting": SETTING, **FILES[name]}))
+    return str(path)
+
+
+def test_all_kinds(tmp_path, page):
+    main([*(written(tmp_path, name) for name in FILES), "--page", str(page)])
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"\n{END}\nafter\n")
+    assert "old" not in text and "a GPU, driver 1.2, torch 3.4, triton 5.6" in text
+    assert "| mhc" in text and "1.250" in text and "3,200" in text and "failed: why" in text
+    assert "2, 1, 1" in text and "2.00" in text
+    assert "0.25" in text and "theirs" not in text
+    assert "differ by +0.0010 on average" in text and "equal in every bit" in text
+    main([written(tmp_path, "check"), "--page", str(page)])  # again: the section is replaced
+    assert "| mhc" not in page.read_text() and page.read_text().count(BEGIN) == 1
+
+
+def test_without_files_nothing_changes(page, capsys):
+    before = page.read_text()
+    main(["--page", str(page)])
+    main(["none.json", "--page", str(page)])
+    assert page.read_text() == before and "no measurements" in capsys.readouterr().err
+
+
+def test_what_is_refused(tmp_path, page):
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    with pytest.raises(SystemExit, match="was not written by"):
+        main([str(other), "--page", str(page)])
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="the page needs"):
+        main([written(tmp_path, "check"), "--page", str(page)])
+
+
+def test_the_readme_has_the_marks():
+    assert readme_table.replaced(README.read_text(), "text").count("text") >= 1
