@@ -2,9 +2,7 @@
 
 Activations alone: the peak of what is allocated during a forward and backward, beside parameters,
 gradients and optimizer, which are there before. On a GPU by the allocator, on a CPU by the
-profiler's memory events. "predicted" is the model of docs/recompute.md for the blocks that ran,
-where what F keeps of a sublayer is an equal share of the plain model's peak; "off" is predicted as
-blocks of one sublayer.
+profiler's memory events. "predicted" is the plan's own figure, with the sizes of the model.
 
     python benchmarks/memory.py --channels 4096 --blocks 6 --json out/memory.json
     python benchmarks/memory.py --device cpu --channels 64 --blocks 2 --length 64 --streams 2
@@ -24,9 +22,7 @@ from timing import machine, need_gpu, spread, write_json
 from training_models import Shape, make_shape
 from training_steps import Training, Version, compiled, failure, peak_of_step, time_steps
 
-import mhc_compile as mc
 from mhc_compile.backend.records import last_record
-from mhc_compile.scheduler import evaluate_blocks
 
 PLANS = ("off", "one block", "paper", "timeline")
 
@@ -48,17 +44,9 @@ def measure(training: Training, version: Version, repeats: int) -> dict[str, Any
         record = last_record()
         assert record is not None
         row |= {"blocks": record.blocks, "rebuilt": record.rebuilt, "notes": record.notes}
-        reported = mc.report(call).memory
-        row["report"] = None if reported is None else str(reported)
+        memory = record.choices[0].memory if record.choices else None
+        row |= {} if memory is None else {"predicted": memory.peak}
     return row
-
-
-def predicted(shape: Shape, streams: int, row: dict[str, Any], plain: int, itemsize: int) -> float:
-    """Bytes at the peak by the scheduler's model, see the head of this file."""
-    sublayers, unit = 2 * shape.blocks, shape.tokens * shape.channels * itemsize
-    sizes = row["blocks"][0] if row["blocks"] else (1,) * sublayers
-    kept = plain / sublayers / unit
-    return float(evaluate_blocks(sizes, sublayers, streams, hidden=unit, kept=kept).peak)
 
 
 def measure_all(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
@@ -75,10 +63,6 @@ def measure_all(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
                 rows.append(name | measure(training, _version(plan, shape), args.repeats))
             except Exception as error:  # the others' results are worth having
                 rows.append(name | {"status": failure(error)})
-            plain = rows[0].get("measured")
-            if plain and "blocks" in rows[-1]:
-                itemsize = training.batch[0].itemsize
-                rows[-1]["predicted"] = predicted(shape, streams, rows[-1], plain, itemsize)
             print(f"n = {streams}, {plan}: {rows[-1]['status']}", flush=True)
             write_json(args, {"rows": rows})
         del training

@@ -1,7 +1,8 @@
 """The peak of a step on a CPU, against patterns of allocations whose peak is known."""
 
 import torch
-from memory_events import peak_bytes, peak_of
+
+from mhc_compile.runtime.memory_events import peak_bytes, peak_of
 
 
 def block(size):
