@@ -13,6 +13,7 @@ from mhc_compile.conventions import CONVENTIONS, Convention
 from mhc_compile.deepseek_v4 import deepseek_v4_config, export_checkpoint, import_checkpoint
 from mhc_compile.errors import MHCError
 from mhc_compile.passes.plan import ResidualSite
+from mhc_compile.pipeline import PipelineStages, PlanRunner, split_stages
 from mhc_compile.pretrained import load_pretrained, save_pretrained
 from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
@@ -38,6 +39,8 @@ __all__ = [
     "MHCError",
     "OpCosts",
     "OverlapPlan",
+    "PipelineStages",
+    "PlanRunner",
     "RecomputePlan",
     "Report",
     "ResidualSite",
@@ -59,6 +62,7 @@ __all__ = [
     "revert",
     "save_pretrained",
     "solve_recompute",
+    "split_stages",
     "stability",
     "transform",
 ]

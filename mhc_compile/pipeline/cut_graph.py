@@ -1,0 +1,250 @@
+"""Step 2 of a split, cut: one graph per stage from the graph of the whole model.
+
+A node belongs to the stage in which it ran. What a later stage reads of an earlier one is, in this
+order: a constant if only sizes decide it, since a pipeline's microbatches have one shape; computed
+again if the inputs decide it (masks, positions); else sent, from stage to stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mhc_compile.errors import SplitError
+from mhc_compile.passes.plan import format_source
+from mhc_compile.pipeline.trace_model import TracedModel
+
+_SHAPE_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
+_SHAPE_METHODS = frozenset({"size", "dim", "numel", "nelement", "stride", "element_size"})
+_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal", "exponential", "uniform")
+_NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def check_same(value: Any, expected: Any, where: str) -> None:
+    """Raises if the inputs take another way through the model's Python than the example did."""
+    same = bool(value) == expected if isinstance(value, Tensor) else value == expected
+    if not same:
+        raise SplitError(
+            f"the code at {where} saw {expected!r} on the example inputs of split_stages and "
+            f"{'something else' if isinstance(value, Tensor) else repr(value)} now, so these "
+            "inputs need other stages; split with example inputs of their kind (e.g. with padding)"
+        )
+
+
+def border(value: Tensor) -> Tensor:
+    """A stage's result as a message: in one piece of memory."""
+    return value.contiguous()
+
+
+def handed_on(value: Tensor) -> Tensor:
+    """What a stage got and hands on: a tensor of its own, with an edge for its gradient."""
+    return value.clone()
+
+
+@dataclass
+class StageGraph:
+    """The graph of one stage.
+
+    Attributes:
+        graph: its placeholders are what it receives, then the model's inputs that it reads.
+        received: what it receives, nodes of the model's graph.
+        inputs: names of the model's inputs that it reads.
+    """
+
+    graph: fx.Graph
+    received: list[fx.Node]
+    inputs: tuple[str, ...]
+
+
+@dataclass
+class Cut:
+    """The model's graph with the stage of each node, while stages are made of it."""
+
+    traced: TracedModel
+    stage: dict[fx.Node, int]
+    fixed: dict[fx.Node, bool] = field(default_factory=dict)
+    repeatable: dict[fx.Node, bool] = field(default_factory=dict)
+
+
+def cut_graph(
+    traced: TracedModel, sizes: tuple[int, ...], wrap: Callable[..., Any] | None = None
+) -> list[StageGraph]:
+    """Makes the graph of each stage.
+
+    Args:
+        traced: the whole model.
+        sizes: how many block calls each stage gets.
+        wrap: what calls a block, `wrap(block, *args, **kwargs)`; None calls it as it is.
+
+    Raises:
+        SplitError: what crosses a border is neither a tensor nor follows from the inputs.
+    """
+    cut = Cut(traced, _assign(traced, sizes))
+    for node in traced.graph.nodes:
+        cut.fixed[node] = _is_fixed(cut, node)
+        cut.repeatable[node] = _is_repeatable(cut, node)
+    graphs: list[StageGraph] = []
+    output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
+    needed: list[fx.Node] = list(output.all_input_nodes)
+    for number in reversed(range(len(sizes))):
+        last = number == len(sizes) - 1
+        graphs.append(_stage_graph(cut, number, needed, output if last else None, wrap))
+        needed = graphs[-1].received
+    if needed:
+        raise _refusal(needed[0], "the first stage would have to receive it")
+    return graphs[::-1]
+
+
+def _assign(traced: TracedModel, sizes: tuple[int, ...]) -> dict[fx.Node, int]:
+    """The stage in which each node ran; what looks at a tuple belongs to where that was made."""
+    ends, total = set(), 0
+    for size in sizes[:-1]:
+        total += size
+        ends.add(traced.calls[total - 1])
+    stage: dict[fx.Node, int] = {}
+    current = 0
+    for node in traced.graph.nodes:
+        sources = node.all_input_nodes
+        looks = node.op == "call_function" and len(sources) == 1 and sources[0].op == "call_module"
+        inside = looks and not isinstance(_value(sources[0]), Tensor)
+        stage[node] = stage[sources[0]] if inside else current
+        current += node in ends
+    return stage
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("value") if isinstance(node, fx.Node) else node
+
+
+def _is_fixed(cut: Cut, node: fx.Node) -> bool:
+    """Whether a node's value is no tensor and follows from the sizes of tensors alone."""
+    if isinstance(_value(node), Tensor) or node.op in ("placeholder", "get_attr", "output"):
+        return False
+    if node.meta.get("effect") or node.op == "call_module":
+        return False
+    owner = node.args[0] if node.args else None
+    if isinstance(_value(owner), Tensor):
+        by_name = node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+        return by_name or (node.op == "call_method" and node.target in _SHAPE_METHODS)
+    return bool(node.all_input_nodes) and all(cut.fixed[n] for n in node.all_input_nodes)
+
+
+def _is_repeatable(cut: Cut, node: fx.Node) -> bool:
+    """Whether a stage may compute a value anew: the inputs decide it and no weight does."""
+    if node.op == "placeholder" or cut.fixed[node]:
+        return True
+    if node.op == "get_attr":
+        return not isinstance(_value(node), torch.nn.Parameter)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.meta.get("effect") or node.meta.get("in_place"):
+        return False
+    name = str(getattr(node.target, "__name__", node.target))
+    if any(word in name for word in _RANDOM):
+        return False
+    return all(cut.repeatable[n] for n in node.all_input_nodes)
+
+
+def _stage_graph(
+    cut: Cut,
+    number: int,
+    needed: list[fx.Node],
+    output: fx.Node | None,
+    wrap: Callable[..., Any] | None,
+) -> StageGraph:
+    """The graph of one stage: `needed` is what it has to hand on or, as the last, to return."""
+    effects = [
+        n for n in cut.traced.graph.nodes if cut.stage[n] == number
+        and (n.meta.get("effect") or n.meta.get("in_place"))
+    ]  # fmt: skip
+    checks = {
+        node: (value, where) for node, value, where in cut.traced.guards
+        if cut.stage[node] == number and node.op != "get_attr" and not cut.fixed[node]
+    }  # fmt: skip
+    live = _live(cut, number, [*needed, *effects, *checks])
+    received = [n for n in live if _is_received(cut, number, n)]
+    for node in received:
+        if not isinstance(_value(node), Tensor):
+            raise _refusal(node, f"it is a {type(_value(node)).__name__}, not a tensor")
+    graph = fx.Graph()
+    made: dict[fx.Node, Any] = {
+        n: graph.placeholder(f"received_{k}") for k, n in enumerate(received)
+    }
+    inputs = tuple(str(n.target) for n in live if n.op == "placeholder")
+    made |= {n: graph.placeholder(str(n.target)) for n in live if n.op == "placeholder"}
+    for node in live:
+        if node not in made:
+            made[node] = _copy(cut, graph, node, made, wrap)
+        if node in checks:
+            graph.call_function(check_same, (made[node], *checks[node]))
+    if output is not None:
+        leaves = [_constant(cut, n) if cut.fixed[n] else made[n] for n in output.all_input_nodes]
+    else:
+        leaves = [
+            graph.call_function(handed_on if n in received else border, (made[n],)) for n in needed
+        ]
+    graph.output(tuple(leaves))
+    return StageGraph(graph, received, inputs)
+
+
+def _live(cut: Cut, number: int, roots: list[fx.Node]) -> list[fx.Node]:
+    """What a stage computes or gets for `roots`, in the model's order."""
+    found: set[fx.Node] = set()
+    todo = [n for n in roots if not cut.fixed[n]]
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if not _is_received(cut, number, node):
+            todo += [n for n in node.all_input_nodes if not cut.fixed[n]]
+    return [n for n in cut.traced.graph.nodes if n in found]
+
+
+def _is_received(cut: Cut, number: int, node: fx.Node) -> bool:
+    earlier = cut.stage[node] < number and node.op not in ("placeholder", "get_attr")
+    return earlier and not cut.repeatable[node]
+
+
+def _copy(cut: Cut, graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], wrap: Any) -> fx.Node:
+    def argument(n: fx.Node) -> Any:
+        return made[n] if n in made else _constant(cut, n)
+
+    if wrap is not None and node in cut.traced.calls:
+        block = graph.get_attr(str(node.target))
+        args = fx.node.map_arg(node.args, argument)
+        return graph.call_function(wrap, (block, *args), fx.node.map_arg(node.kwargs, argument))
+    copied = graph.create_node(
+        node.op, node.target, fx.node.map_arg(node.args, argument),
+        fx.node.map_arg(node.kwargs, argument),
+    )  # fmt: skip
+    copied.meta["source"] = node.meta.get("source")
+    return copied
+
+
+def _constant(cut: Cut, node: fx.Node) -> Any:
+    """The value that a node which only sizes decide had on the example."""
+    if isinstance(value := node.meta.get("value"), _NUMBERS):
+        return value
+
+    def argument(n: fx.Node) -> Any:
+        return n.meta["value"] if isinstance(_value(n), Tensor) else _constant(cut, n)
+
+    if not cut.fixed[node]:
+        raise _refusal(node, "its value is no number")
+    args: Any = fx.node.map_arg(node.args, argument)
+    kwargs: Any = fx.node.map_arg(node.kwargs, argument)
+    if isinstance(node.target, str):
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)
+
+
+def _refusal(node: fx.Node, why: str) -> SplitError:
+    return SplitError(
+        f"{node.name!r} at {format_source(node.meta.get('source'))} is needed behind a border of "
+        f"stages, but {why}; cut at other blocks with split=[...], or compute it from the inputs"
+    )
