@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mhc_compile._torch_compat import default_store
 from mhc_compile.errors import PipelineError
 from mhc_compile.pipeline.stages import PipelineStages
+from mhc_compile.scheduler.layout import Layout
 from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
 
@@ -40,19 +41,25 @@ def check_agreement(plan: OverlapPlan, stages: PipelineStages, group: Any) -> No
             raise PipelineError(f"the ranks have different {what}: {kinds}; {remedy}")
 
 
-def connect(ranks: list[tuple[int, int]], groups: tuple[Any, Any], device: torch.device) -> None:
-    """Sends one number in each direction between neighbours, pair after pair.
+def neighbours(layout: Layout) -> set[tuple[int, int]]:
+    """Pairs of ranks that have neighbouring stages, the lower rank first."""
+    ranks = [int(layout.rank_of(stage, 0)) for stage in range(layout.stages)]
+    return {(min(p), max(p)) for p in zip(ranks, ranks[1:], strict=False) if p[0] != p[1]}
+
+
+def connect(pairs: set[tuple[int, int]], groups: tuple[Any, Any], device: torch.device) -> None:
+    """Sends one number in each direction between two ranks, pair after pair.
 
     Communicators are made at their first message, which waits for the other side; made in the
     order of a plan's messages they could wait for each other in a circle.
 
     Args:
-        ranks: pairs of ranks that send each other something, the lower one first.
+        pairs: ranks that send each other something, the lower one first.
         groups: the communicators for messages to higher and to lower ranks.
         device: where the numbers are.
     """
     me, number = dist.get_rank(groups[0]), torch.zeros(1, device=device)
-    for low, high in ranks:
+    for low, high in sorted(pairs):
         for group, source, target in ((groups[0], low, high), (groups[1], high, low)):
             if me == source:
                 dist.send(number, group=group, group_dst=target)

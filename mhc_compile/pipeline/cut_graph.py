@@ -90,6 +90,13 @@ def cut_graph(
     graphs: list[StageGraph] = []
     output = next(n for n in reversed(traced.graph.nodes) if n.op == "output")
     needed: list[fx.Node] = list(output.all_input_nodes)
+    for node in needed:
+        if not isinstance(_value(node), Tensor):
+            raise SplitError(
+                f"the model returns a {type(_value(node)).__name__}, and the last stage can only "
+                "return tensors; leave it out of the result (a cache: use_cache=False among the "
+                "example inputs)"
+            )
     for number in reversed(range(len(sizes))):
         last = number == len(sizes) - 1
         graphs.append(_stage_graph(cut, number, needed, output if last else None, wrap))
@@ -182,7 +189,7 @@ def _stage_graph(
         if node in checks:
             graph.call_function(check_same, (made[node], *checks[node]))
     if output is not None:
-        leaves = [_constant(cut, n) if cut.fixed[n] else made[n] for n in output.all_input_nodes]
+        leaves = [made[n] for n in needed]
     else:
         leaves = [
             graph.call_function(handed_on if n in received else border, (made[n],)) for n in needed

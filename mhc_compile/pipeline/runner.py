@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 
 from mhc_compile._torch_compat import pipeline_runtime
 from mhc_compile.errors import ConfigError, MHCError, PipelineError
-from mhc_compile.pipeline.agree import FailureBoard, check_agreement, connect
+from mhc_compile.pipeline.agree import FailureBoard, check_agreement, connect, neighbours
 from mhc_compile.pipeline.chunk_stage import ChunkStage
 from mhc_compile.pipeline.microbatches import split_inputs, split_target
 from mhc_compile.pipeline.placement import check_sizes, device_of, place_stage
+from mhc_compile.pipeline.shared_parameters import SharedParameters
 from mhc_compile.pipeline.stages import PipelineStages
 from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
@@ -80,12 +81,10 @@ class PlanRunner:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._upwards, self._downwards = self._new_group(ranks), self._new_group(ranks)
         check_agreement(self.plan, stages, self._upwards)
-        layout = self.plan.layout
-        pairs = {(int(layout.rank_of(k, 0)), int(layout.rank_of(k + 1, 0)))
-                 for k in range(layout.stages - 1)}  # fmt: skip
-        neighbours = sorted({(min(p), max(p)) for p in pairs if p[0] != p[1]})
-        connect(neighbours, (self._upwards, self._downwards), self.device)
-        self._shared = self._share(stages, ranks)
+        groups = self._upwards, self._downwards
+        self._shared = SharedParameters(self.plan.layout, stages, self.modules, groups)
+        connect(neighbours(self.plan.layout) | self._shared.pairs, groups, self.device)
+        self._shared.make_equal()
         self._stages = {
             k: ChunkStage(stages, k, self.device, group, self._upwards, self._downwards)
             for k in self.modules
@@ -106,22 +105,6 @@ class PlanRunner:
         return dist.new_group(
             ranks, timeout=timedelta(seconds=self.timeout), use_local_synchronization=True
         )
-
-    def _share(self, stages: PipelineStages, ranks: list[int]) -> list[tuple[nn.Parameter, Any]]:
-        """Makes tied parameters on several ranks equal; returns them with the ranks' group."""
-        shared, groups = [], {}
-        for names in stages.shared:
-            holders = sorted({int(self.plan.layout.rank_of(k, 0)) for k in names})
-            here = [k for k in names if k in self.modules]
-            if len(holders) < 2 or not here:
-                continue
-            key = tuple(holders)
-            if key not in groups:
-                groups[key] = self._new_group([ranks[r] for r in holders])
-            parameter = self.modules[here[0]].get_parameter(names[here[0]])
-            dist.broadcast(parameter.data, group=groups[key], group_src=0)
-            shared.append((parameter, groups[key]))
-        return shared
 
     def step(self, inputs: Any, target: Any = None) -> Tensor:
         """Runs one forward and backward of a batch and adds up the gradients in `.grad`.
@@ -153,10 +136,7 @@ class PlanRunner:
                 self._wait(what, works)
             self._sends.clear()
         with self._explained("the sum of shared gradients"):
-            for parameter, group in self._shared:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=group)
+            self._shared.add_gradients()
             return self._mean_loss()
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -170,7 +170,14 @@ def _with_borders(model: nn.Module, stages: PipelineStages, inputs: Any) -> Pipe
         with rehearsed(model), torch.no_grad():
             args, kwargs = inputs
             wanted = tensor_leaves(model(*args, **kwargs))
-        for a, b in zip(wanted, tensor_leaves(stages.result(values)), strict=True):
+        found = tensor_leaves(stages.result(values))
+        if len(found) != len(wanted):
+            raise SplitError(
+                f"the stages return {len(found)} tensors and {type(model).__name__} {len(wanted)}; "
+                "states from between the blocks cannot be collected over stages: "
+                "output_hidden_states=False, output_attentions=False"
+            )
+        for a, b in zip(wanted, found, strict=True):
             _compare(model, a, b)
     return replace(stages, borders=tuple(borders))
 

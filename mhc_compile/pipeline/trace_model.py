@@ -115,6 +115,6 @@ def _check_checkpointing(model: nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False) is True:
             raise SplitError(
                 f"gradient checkpointing is on in {name!r}: a split backward would recompute once "
-                "more for every group of weights. Call gradient_checkpointing_disable() and give "
-                "split_stages(..., recompute=True), which recomputes once"
+                "more for every group of weights. Turn it off and give split_stages(..., "
+                "recompute=True), which recomputes once"
             )
