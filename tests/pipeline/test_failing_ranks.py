@@ -34,10 +34,10 @@ def test_a_rank_that_raises_is_named_with_its_error(tmp_path):
     assert "rank 1: 1F1: FloatingPointError: the test's own" in healthy.report["error"]
 
 
-@pytest.mark.parametrize("how, timeout", [("dies", 30), ("hangs", 4)])
-def test_a_rank_that_dies_or_hangs_ends_the_others(how, timeout, tmp_path):
+@pytest.mark.parametrize("how, timeout, stop_after", [("dies", 30, 20), ("hangs", 4, 0.5)])
+def test_a_rank_that_dies_or_hangs_ends_the_others(how, timeout, stop_after, tmp_path):
     jobs = {"fail": ["fail", {"how": how, "timeout": timeout}]}
-    healthy, failing = launch(tmp_path, 2, jobs, stop_after=0.5)
+    healthy, failing = launch(tmp_path, 2, jobs, stop_after=stop_after)
     assert healthy.status == 1, healthy.text
     assert healthy.report["error"].startswith("PipelineError: rank 0 could not finish a step, ")
     assert "waiting for" in healthy.report["error"]
