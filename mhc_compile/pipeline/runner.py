@@ -71,7 +71,7 @@ class PlanRunner:
         for module in self.modules.values():
             place_stage(module, self.device)
         self._losses: dict[int, Tensor] = {}
-        self._sends: list[tuple[str, list[Any]]] = []
+        self._sends: list[tuple[str, Any]] = []
         self._computing: str | None = None
         self._board = FailureBoard(stages.signature()[:12], plan.ranks)
         with self._explained("its start"):
@@ -132,8 +132,8 @@ class PlanRunner:
                 stage.has_backward = True
                 stage.clear_runtime_states()
             self._runtime._step_microbatches(kwarg_mbs=inputs, target_mbs=targets)
-            for what, works in self._sends:
-                self._wait(what, works)
+            for what, work in self._sends:
+                self._wait(what, [work])
             self._sends.clear()
         with self._explained("the sum of shared gradients"):
             self._shared.add_gradients()
@@ -169,6 +169,7 @@ class PlanRunner:
         number = stage.stage_index
         self._wait(f"the input of {number}F{chunk}",
                    self._runtime.fwd_recv_ops.pop((number, chunk), []))  # fmt: skip
+        self._use(stage, chunk)
         with self._compute(f"{number}F{chunk}"):
             values = stage.forward_one_chunk(
                 chunk, (), context.kwarg_mbs[chunk], save_forward_output=False
@@ -186,6 +187,7 @@ class PlanRunner:
         number = stage.stage_index
         self._wait(f"the gradient for {number}{kind}{chunk}",
                    self._runtime.bwd_recv_ops.pop((number, chunk), []))  # fmt: skip
+        self._use(stage, chunk)
         loss = self._losses.get(chunk) if stage.is_last else None
         with self._compute(f"{number}{kind}{chunk}"):
             stage.backward_one_chunk(chunk, loss=loss, full_backward=kind == "B")
@@ -206,9 +208,11 @@ class PlanRunner:
     # --- messages, streams, failures ------------------------------------------------------
 
     def _send(self, what: str, ops: list[Any]) -> None:
+        """Posts messages; those that are through are forgotten, with the memory they hold."""
+        self._sends = [(name, work) for name, work in self._sends if not work.is_completed()]
         for op in ops:
-            self._sends.append((what, [dist.isend(op.tensor, group=op.group,
-                                                  group_dst=op.group_peer)]))  # fmt: skip
+            work = dist.isend(op.tensor, group=op.group, group_dst=op.group_peer)
+            self._sends.append((what, work))
 
     def _wait(self, what: str, works: list[Any]) -> None:
         for work in works:
@@ -264,12 +268,15 @@ class PlanRunner:
         return torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext()
 
     def _hand_over(self, source: int, target: int) -> None:
-        """Lets a stage of this rank wait for what another one made.
-
-        The tensors stay referenced until the next step, so that no stream can reuse their memory.
-        """
+        """Lets a stage of this rank wait for what another one made."""
         if self._streams:
             self._streams[target].wait_stream(self._streams[source])
+
+    def _use(self, stage: ChunkStage, chunk: int) -> None:
+        """Keeps the memory of what a chunk got until the stage's stream has read it."""
+        if self._streams:
+            for tensor in stage.tensors_of(chunk):
+                tensor.record_stream(self._streams[stage.stage_index])
 
     def _mean_loss(self) -> Tensor:
         last = int(self.plan.layout.rank_of(self.plan.layout.stages - 1, 0))

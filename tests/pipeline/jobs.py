@@ -105,11 +105,13 @@ def count_calls(runner):
 def order_of_events(variant, microbatches):
     """Starts and ends of chunks and posted sends on this rank, in order."""
     runner, _, batch, target = prepare("nanogpt", variant, microbatches)
-    events, compute, send = [], runner._compute, runner._send
+    events, held, compute, send = [], [0], runner._compute, runner._send
 
     @contextlib.contextmanager
     def noted(action):
         events.append(f"begin {action}")
+        held.append(sum(bool(stage.tensors_of(k)) for stage in runner._stages.values()
+                        for k in range(microbatches)))  # fmt: skip
         with compute(action):
             yield
         events.append(f"end {action}")
@@ -120,7 +122,11 @@ def order_of_events(variant, microbatches):
 
     runner._compute, runner._send = noted, sent
     runner.step(batch, target)
-    return {"events": events, "plan": runner.plan.actions_as_text()[RANK]}
+    left = [stage.tensors_of(k) for stage in runner._stages.values() for k in range(microbatches)]
+    return {
+        "events": events, "plan": runner.plan.actions_as_text()[RANK], "held": max(held),
+        "in_flight": runner.plan.peak_in_flight[RANK], "left": sum(map(len, left)),
+    }  # fmt: skip
 
 
 def several_steps():

@@ -1,5 +1,11 @@
 """Plans on gloo processes: loss and gradients as the serial model's, and what runs when."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from launch import launch
 
@@ -61,6 +67,8 @@ def check_early_sends(found):
                 pairs += 1
                 assert events.index(sent) < events.index(f"begin {backward}")
     assert pairs
+    # What was received is held as long as its chunk is in flight, and a receive early.
+    assert found["held"] <= found["in_flight"] + 1 and not found["left"]
 
 
 def test_two_ranks(tmp_path):
@@ -86,3 +94,18 @@ def test_four_ranks(tmp_path):
 def test_stages_compiled_by_inductor(tmp_path):
     cases = {"inductor": case("nanogpt", "dualpipev", 4, compile={"recompute": "paper"})}
     check_training(launch(tmp_path, 2, cases, limit=300), cases)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("options", [[], ["--variant", "zb1p", "--recompute"]], ids=str)
+def test_the_example(options):
+    root = Path(__file__).parents[2]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, str(root / "examples" / "pipeline.py"), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    differences = re.findall(r"gradients differ by ([\d.e+-]+)", done.stdout)
+    assert len(differences) == 5 and max(map(float, differences)) < TOLERANCE
