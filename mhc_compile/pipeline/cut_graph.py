@@ -7,8 +7,9 @@ again if the inputs decide it (masks, positions); else sent, from stage to stage
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -72,8 +73,11 @@ class Cut:
 
 def cut_graph(
     traced: TracedModel, sizes: tuple[int, ...], wrap: Callable[..., Any] | None = None
-) -> list[StageGraph]:
-    """Makes the graph of each stage.
+) -> tuple[list[StageGraph], StageGraph]:
+    """Makes the graph of each stage, and one that checks the inputs.
+
+    What the root's Python saw of the inputs' values is checked apart: code that only looks at
+    values, such as whether a mask is all ones, would break up compiled stages.
 
     Args:
         traced: the whole model.
@@ -99,11 +103,12 @@ def cut_graph(
             )
     for number in reversed(range(len(sizes))):
         last = number == len(sizes) - 1
-        graphs.append(_stage_graph(cut, number, needed, output if last else None, wrap))
+        graphs.append(_stage_graph(cut, number, needed, wrap, last=last))
         needed = graphs[-1].received
     if needed:
         raise _refusal(needed[0], "the first stage would have to receive it")
-    return graphs[::-1]
+    checks = {n: check for n, check in _checks(cut).items() if cut.repeatable[n]}
+    return graphs[::-1], _build(cut, -1, [], checks, None)
 
 
 def _assign(traced: TracedModel, sizes: tuple[int, ...]) -> dict[fx.Node, int]:
@@ -148,7 +153,7 @@ def _is_repeatable(cut: Cut, node: fx.Node) -> bool:
         return not isinstance(_value(node), torch.nn.Parameter)
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.meta.get("effect") or node.meta.get("in_place"):
+    if node.meta.get("in_place") or node.meta.get("effect") and not _is_function(node.target):
         return False
     name = str(getattr(node.target, "__name__", node.target))
     if any(word in name for word in _RANDOM):
@@ -156,22 +161,55 @@ def _is_repeatable(cut: Cut, node: fx.Node) -> bool:
     return all(cut.repeatable[n] for n in node.all_input_nodes)
 
 
+def _is_function(target: Any) -> bool:
+    """Whether a call that the trace could not look into is one of a model's own functions.
+
+    Such a function, which branches on values, is taken to do nothing but return its result.
+    """
+    module = getattr(target, "__module__", None) or ""
+    return isinstance(target, FunctionType) and not module.startswith("mhc_compile.")
+
+
+def _checks(cut: Cut) -> dict[fx.Node, tuple[Any, str]]:
+    """The guards on what may be another value for other inputs or weights."""
+    varies: dict[fx.Node, bool] = {}
+    for node in cut.traced.graph.nodes:
+        varies[node] = not cut.fixed[node] and (
+            node.op in ("placeholder", "call_module") or any(map(varies.get, node.all_input_nodes))
+        )
+    return {node: (value, where) for node, value, where in cut.traced.guards if varies[node]}
+
+
 def _stage_graph(
     cut: Cut,
     number: int,
     needed: list[fx.Node],
-    output: fx.Node | None,
     wrap: Callable[..., Any] | None,
+    *,
+    last: bool,
 ) -> StageGraph:
     """The graph of one stage: `needed` is what it has to hand on or, as the last, to return."""
+    checks = {
+        n: check for n, check in _checks(cut).items()
+        if cut.stage[n] == number and not cut.repeatable[n]
+    }  # fmt: skip
     effects = [
         n for n in cut.traced.graph.nodes if cut.stage[n] == number
-        and (n.meta.get("effect") or n.meta.get("in_place"))
+        and (n.meta.get("effect") or n.meta.get("in_place")) and not cut.repeatable[n]
     ]  # fmt: skip
-    checks = {
-        node: (value, where) for node, value, where in cut.traced.guards
-        if cut.stage[node] == number and node.op != "get_attr" and not cut.fixed[node]
-    }  # fmt: skip
+    return _build(cut, number, needed, checks, wrap, effects, last=last)
+
+
+def _build(
+    cut: Cut,
+    number: int,
+    needed: list[fx.Node],
+    checks: dict[fx.Node, tuple[Any, str]],
+    wrap: Callable[..., Any] | None,
+    effects: Sequence[fx.Node] = (),
+    last: bool = False,
+) -> StageGraph:
+    """Copies what `needed`, `effects` and `checks` take; stage -1 receives nothing."""
     live = _live(cut, number, [*needed, *effects, *checks])
     received = [n for n in live if _is_received(cut, number, n)]
     for node in received:
@@ -181,20 +219,17 @@ def _stage_graph(
     made: dict[fx.Node, Any] = {
         n: graph.placeholder(f"received_{k}") for k, n in enumerate(received)
     }
-    inputs = tuple(str(n.target) for n in live if n.op == "placeholder")
     made |= {n: graph.placeholder(str(n.target)) for n in live if n.op == "placeholder"}
     for node in live:
         if node not in made:
             made[node] = _copy(cut, graph, node, made, wrap)
         if node in checks:
             graph.call_function(check_same, (made[node], *checks[node]))
-    if output is not None:
-        leaves = [made[n] for n in needed]
-    else:
-        leaves = [
-            graph.call_function(handed_on if n in received else border, (made[n],)) for n in needed
-        ]
+    leaves = [made[n] for n in needed] if last else [
+        graph.call_function(handed_on if n in received else border, (made[n],)) for n in needed
+    ]  # fmt: skip
     graph.output(tuple(leaves))
+    inputs = tuple(str(n.target) for n in live if n.op == "placeholder")
     return StageGraph(graph, received, inputs)
 
 

@@ -21,7 +21,8 @@ def split_inputs(
     example's shape, such as positions, and what is no tensor are the same for all.
 
     Raises:
-        SplitError: a tensor has another shape, or the inputs another form.
+        SplitError: a tensor has another shape, the inputs another form, or a microbatch takes
+            another way through the root's Python.
     """
     specs = {spec.name: spec.shape for spec in stages.inputs.values()}
     chunks: list[dict[str, Any]] = [{} for _ in range(count)]
@@ -41,6 +42,8 @@ def split_inputs(
             )
         for chunk, part in zip(chunks, parts, strict=True):
             chunk[name] = part
+    for chunk in chunks:
+        stages.check(chunk)
     return chunks
 
 

@@ -68,7 +68,7 @@ class PlanRunner:
         mine = sorted(stage for stage, _ in plan.layout.slots(self.rank))
         self.modules: dict[int, fx.GraphModule] = {k: stages[k] for k in mine}
         self.device = torch.device(device) if device is not None else device_of(self.modules)
-        for module in self.modules.values():
+        for module in (*self.modules.values(), stages.checks):
             place_stage(module, self.device)
         self._losses: dict[int, Tensor] = {}
         self._sends: list[tuple[str, Any]] = []

@@ -85,8 +85,8 @@ def split_stages(
         sizes = balance_stages(block, count, first=first, last=last)
     else:
         sizes = _check_split(split, len(names), count)
-    graphs = cut_graph(traced, sizes, recompute_block if recompute else None)
-    modules = tuple(_module(model, graph, k) for k, graph in enumerate(graphs))
+    graphs, checks = cut_graph(traced, sizes, recompute_block if recompute else None)
+    modules = tuple(_module(model, graph, f"Stage{k}") for k, graph in enumerate(graphs))
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
     paths = {
         path: InputSpec(str(n.target), tuple(v.shape) if isinstance(v, Tensor) else None)
@@ -95,7 +95,8 @@ def split_stages(
     stages = PipelineStages(
         modules,
         tuple(tuple(names[a:b]) for a, b in zip(ends, ends[1:], strict=False)),
-        (), tuple(graph.inputs for graph in graphs), paths, _shared(modules),
+        (), tuple(graph.inputs for graph in graphs), paths,
+        _module(model, checks, "Checks"), checks.inputs, _shared(modules),
         _template(traced), traced.kind, type(model).forward,
     )  # fmt: skip
     return _with_borders(model, stages, inputs)
@@ -132,9 +133,9 @@ def _check_split(split: Sequence[int], blocks: int, stages: int) -> tuple[int, .
     return sizes
 
 
-def _module(model: nn.Module, graph: StageGraph, number: int) -> fx.GraphModule:
+def _module(model: nn.Module, graph: StageGraph, name: str) -> fx.GraphModule:
     graph.graph.lint()
-    module = fx.GraphModule(model, graph.graph, class_name=f"Stage{number}")
+    module = fx.GraphModule(model, graph.graph, class_name=name)
     module.train(model.training)
     return module
 

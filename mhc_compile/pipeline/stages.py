@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,7 @@ class PipelineStages:
         borders: what each stage returns.
         reads: which inputs each stage reads.
         inputs: all inputs by their paths in the model's arguments.
+        checks: looks at the inputs in `checked`, see `check`.
         shared: parameters in several stages, e.g. a tied embedding: their names by stage. Their
             gradients are to be summed; `PlanRunner` does.
         template: the model's result with tensors as numbers of the last stage's results.
@@ -77,6 +78,8 @@ class PipelineStages:
     borders: tuple[tuple[TensorSpec, ...], ...]
     reads: tuple[tuple[str, ...], ...]
     inputs: dict[LeafPath, InputSpec]
+    checks: fx.GraphModule = field(repr=False)
+    checked: tuple[str, ...]
     shared: tuple[dict[int, str], ...]
     template: Any = field(repr=False)
     kind: type | None = field(repr=False)
@@ -125,6 +128,14 @@ class PipelineStages:
                     "example inputs of this form"
                 )
         return {spec.name: given[path] for path, spec in self.inputs.items()}
+
+    def check(self, leaves: Mapping[str, Any]) -> None:
+        """Checks that a microbatch's inputs take the example's way through the root's Python.
+
+        Raises:
+            SplitError: they do not, e.g. have padding where the example had none.
+        """
+        self.checks(**{name: leaves[name] for name in self.checked})
 
     def signature(self) -> str:
         """A hash of the split, equal on ranks that cut alike."""

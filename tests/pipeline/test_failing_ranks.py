@@ -46,6 +46,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(how, timeout, stop_after, tmp
     assert failing.status == (3 if how == "dies" else -signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_rank_that_never_comes(tmp_path):
     healthy, absent = launch(tmp_path, 2, {"absent": ["absent", {}]}, stop_after=0.5)
     assert healthy.status == 1, healthy.text

@@ -31,7 +31,7 @@ TWO = {
     "nanogpt dualpipev compiled": case(
         "nanogpt", "dualpipev", 4, compile={"lower": "aot_eager", "recompute": "paper"}
     ),
-    "nanogpt zb1p compiled": case("nanogpt", "zb1p", 2, compile={"lower": "aot_eager"}),
+    "llama zb1p compiled": case("llama", "zb1p", 2, compile={"lower": "aot_eager"}),
 }
 FOUR = {
     f"nanogpt {variant}": case("nanogpt", variant, m)

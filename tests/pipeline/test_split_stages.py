@@ -200,8 +200,9 @@ def test_other_inputs_than_the_examples():
     stages = split_stages(model, 2, whole)
     padded = torch.ones(2, 8, dtype=torch.long)
     padded[0, :3] = 0
+    stages.check(stages.leaves(whole))
     with pytest.raises(mc.errors.SplitError, match="saw True on the example inputs"):
-        stages[0](input_ids=inputs["input_ids"], attention_mask=padded)
+        stages.check(stages.leaves({**whole, "attention_mask": padded}))
     with pytest.raises(mc.errors.SplitError, match="'attention_mask' is missing"):
         stages.leaves(inputs)
     with pytest.raises(mc.errors.SplitError, match="'labels' is not among those of the split"):
