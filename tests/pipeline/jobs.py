@@ -77,7 +77,7 @@ def train(model, variant, microbatches, **options):
             if parameter.grad is None or goal is None:
                 silent += [name] if parameter.grad is not goal else []
                 continue
-            scale = max(float(goal.abs().max()), 1e-3 * largest)
+            scale = max(float(goal.abs().max()), 1e-2 * largest)
             worst = max(worst, float((parameter.grad - goal).abs().max()) / scale)
     return {
         "loss": abs(float(loss) - wanted) / wanted, "gradient": worst, "silent": silent,

@@ -10,6 +10,7 @@ import pytest
 from launch import launch
 
 TOLERANCE = 1e-5
+COMPILED = 3e-5  # the backend alone, without a pipeline, differs from eager by 1e-5 here
 
 
 def case(model, variant, microbatches, **options):
@@ -46,7 +47,9 @@ def check_training(ranks, cases):
         for name, (_, options) in cases.items():
             found = rank.report[name]
             print(f"rank {number}, {name}: loss {found['loss']:.1e}, {found['gradient']:.1e}")
-            assert found["loss"] < TOLERANCE and found["gradient"] < TOLERANCE, (number, name)
+            assert found["loss"] < TOLERANCE, (number, name)
+            most = COMPILED if "compile" in options else TOLERANCE
+            assert found["gradient"] < most, (number, name)
             assert not found["silent"], (number, name)
             if "compile" not in options and options["model"] == "nanogpt":
                 times = options["microbatches"] * (1 + options.get("recompute", False))
