@@ -13,7 +13,7 @@ from mhc_compile.conventions import CONVENTIONS, Convention
 from mhc_compile.deepseek_v4 import deepseek_v4_config, export_checkpoint, import_checkpoint
 from mhc_compile.errors import MHCError
 from mhc_compile.passes.plan import ResidualSite
-from mhc_compile.pipeline import PipelineStages, PlanRunner, split_stages
+from mhc_compile.pipeline import PipelineStages, PlanRunner, measure_op_costs, split_stages
 from mhc_compile.pretrained import load_pretrained, save_pretrained
 from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
@@ -53,6 +53,7 @@ __all__ = [
     "import_checkpoint",
     "is_transformed",
     "load_pretrained",
+    "measure_op_costs",
     "mhc_parameters",
     "model_op_costs",
     "plan_pipeline",
