@@ -127,6 +127,7 @@ class PlanRunner:
         inputs = split_inputs(self._splitting, inputs, count, self.device)
         targets = split_target(target, count, self.device)
         self._losses.clear()
+        self._shared.begin()
         with self._explained("a step"), self._own_streams():
             for stage in self._stages.values():
                 stage.has_backward = True
@@ -141,7 +142,8 @@ class PlanRunner:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's parameters, each once, for its optimizer."""
-        return iter(dict.fromkeys(p for m in self.modules.values() for p in m.parameters()))
+        every = dict.fromkeys(p for m in self.modules.values() for p in m.parameters())
+        return (p for p in every if p not in self._shared.copies)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's parameters and buffers under the names that they have in the model."""

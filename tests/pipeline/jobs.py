@@ -129,21 +129,21 @@ def order_of_events(variant, microbatches):
     }  # fmt: skip
 
 
-def several_steps():
-    """Trains a few steps with an optimizer; the serial model's losses and this pipeline's."""
-    runner, serial, batch, target = prepare("nanogpt", "dualpipev", 5)
+def several_steps(variant):
+    """Trains with two batches a step; the serial model's losses and this pipeline's."""
+    runner, serial, batch, target = prepare("nanogpt", variant, 5)
     losses, wanted = [], []
     ours = torch.optim.SGD(runner.parameters(), lr=0.1)
     theirs = torch.optim.SGD(serial.parameters(), lr=0.1)
     for _ in range(3):
-        losses.append(float(runner.step(batch, target)))
-        ours.step()
-        ours.zero_grad()
-        loss = loss_of(serial(batch["idx"]), target)
-        loss.backward()
-        wanted.append(loss.item())
-        theirs.step()
-        theirs.zero_grad()
+        for idx, goal in ((batch["idx"], target), (batch["idx"].flip(1), target.flip(0))):
+            losses.append(float(runner.step({"idx": idx}, goal)))
+            loss = loss_of(serial(idx), goal)
+            loss.backward()
+            wanted.append(loss.item())
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
     state = {n: float((t - serial.state_dict()[n]).abs().max())
              for n, t in runner.state_dict().items()}  # fmt: skip
     return {"losses": losses, "wanted": wanted, "state": state}

@@ -77,16 +77,18 @@ def check_early_sends(found):
 def test_two_ranks(tmp_path):
     others = {
         "events": ["order_of_events", {"variant": "dualpipev", "microbatches": 6}],
-        "steps": ["several_steps", {}],
+        "tied across ranks": ["several_steps", {"variant": "zb1p"}],
+        "tied on a rank": ["several_steps", {"variant": "dualpipev"}],
     }
     ranks = launch(tmp_path, 2, TWO | others)
     check_training(ranks, TWO)
     for rank in ranks:
         check_early_sends(rank.report["events"])
-        steps = rank.report["steps"]
-        assert steps["losses"] == pytest.approx(steps["wanted"], rel=TOLERANCE)
-        assert steps["losses"][-1] < steps["losses"][0]
-        assert max(steps["state"].values()) < TOLERANCE
+        for tied in ("tied across ranks", "tied on a rank"):
+            steps = rank.report[tied]
+            assert steps["losses"] == pytest.approx(steps["wanted"], rel=TOLERANCE)
+            assert steps["losses"][-1] < steps["losses"][1]
+            assert max(steps["state"].values()) < TOLERANCE
 
 
 def test_four_ranks(tmp_path):
