@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,14 @@ from torch import Tensor, fx, nn
 from mhc_compile._torch_compat import pipeline_runtime
 from mhc_compile.errors import ConfigError, MHCError, PipelineError
 from mhc_compile.pipeline.agree import FailureBoard, check_agreement, connect, neighbours
-from mhc_compile.pipeline.chunk_stage import ChunkStage
 from mhc_compile.pipeline.microbatches import split_inputs, split_target
 from mhc_compile.pipeline.placement import check_sizes, device_of, place_stage
 from mhc_compile.pipeline.shared_parameters import SharedParameters
 from mhc_compile.pipeline.stages import PipelineStages
 from mhc_compile.scheduler.overlap_plan import OverlapPlan
+
+if TYPE_CHECKING:
+    from mhc_compile.pipeline.chunk_stage import ChunkStage
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -64,7 +67,8 @@ class PlanRunner:
         check_sizes(plan, stages, group)
         self.plan, self.timeout = plan, timeout
         self.rank = dist.get_rank(group)
-        self._splitting, self._loss_fn = stages, loss_fn or _own_loss
+        self._splitting = replace(stages, modules=())  # other ranks' stages may be freed
+        self._loss_fn = loss_fn or _own_loss
         mine = sorted(stage for stage, _ in plan.layout.slots(self.rank))
         self.modules: dict[int, fx.GraphModule] = {k: stages[k] for k in mine}
         self.device = torch.device(device) if device is not None else device_of(self.modules)
@@ -78,6 +82,9 @@ class PlanRunner:
             self._start(stages, group)
 
     def _start(self, stages: PipelineStages, group: Any) -> None:
+        # Not at the top: mhc_compile is imported where torch has no distributed package too.
+        from mhc_compile.pipeline.chunk_stage import ChunkStage
+
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._upwards, self._downwards = self._new_group(ranks), self._new_group(ranks)
         check_agreement(self.plan, stages, self._upwards)

@@ -86,7 +86,7 @@ class PipelineStages:
     forward: Any = field(repr=False)
 
     def __len__(self) -> int:
-        return len(self.modules)
+        return len(self.blocks)
 
     def __getitem__(self, number: int) -> fx.GraphModule:
         return self.modules[number]
@@ -115,7 +115,7 @@ class PipelineStages:
         Raises:
             SplitError: they are of another form than the example's.
         """
-        args, kwargs = resolve_inputs(self.modules[0], inputs)
+        args, kwargs = resolve_inputs(self.checks, inputs)
         given = dict(named_leaves(self.forward, args, kwargs))
         missing = [path for path in self.inputs if path not in given]
         surplus = [path for path, leaf in given.items()

@@ -60,9 +60,10 @@ class _Frame:
     ) -> None:
         self.function = function
         self.arguments = tree_map_only(Tensor, _detached, (args, kwargs))
-        self.devices, self.states = torch_checkpoint.get_device_states(*tensor_leaves(args))
+        given = tensor_leaves((args, kwargs))
+        self.devices, self.states = torch_checkpoint.get_device_states(*given)
         self.host_state = torch.get_rng_state()
-        kinds = {"cpu", *(t.device.type for t in tensor_leaves((args, kwargs)))}
+        kinds = {"cpu", *(t.device.type for t in given)}
         self.autocast = {kind: state for kind in kinds if (state := autocast_state(kind))}
         self.shapes: list[tuple[torch.Size, torch.dtype]] = []
         self.values: list[Tensor] | None = None

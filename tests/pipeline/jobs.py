@@ -38,9 +38,11 @@ def loss_of(result, target):
     return F.cross_entropy(scores.flatten(0, 1), target[:, : scores.shape[1]].flatten())
 
 
-def prepare(model, variant, microbatches, compile=None, timeout=60, change=None, **split):
+def prepare(
+    model, variant, microbatches, compile=None, timeout=60, change=None, times=None, **split
+):
     """A runner of a model on this rank, the serial model, and a batch with its target."""
-    plan = mc.plan_pipeline(RANKS, microbatches, variant=variant)
+    plan = mc.plan_pipeline(RANKS, microbatches, variant=variant, costs=times)
     inputs = models.ARCHITECTURES[model].inputs
     net, constants = build(model, plan.layout.stages)
     serial = copy.deepcopy(net)

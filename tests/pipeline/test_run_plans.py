@@ -25,6 +25,9 @@ TWO = {
         for variant, m in (("1f1b", 3), ("zb1p", 4), ("dualpipev", 5))
         for recompute in (False, True)
     },
+    "nanogpt dualpipev, a pair's backward first": case(
+        "nanogpt", "dualpipev", 6, times={"F": 1, "I": 1, "W": 1, "f_ready": 3, "b_ready": 2}
+    ),
     "gpt2 zb1p recompute": case("gpt2", "zb1p", 4, recompute=True),
     "llama zb1p": case("llama", "zb1p", 4),
     "bert 1f1b": case("bert", "1f1b", 2),
