@@ -220,15 +220,14 @@ class PlanRunner:
         """Posts messages; those that are through are forgotten, with the memory they hold."""
         self._sends = [(name, work) for name, work in self._sends if not work.is_completed()]
         for op in ops:
-            work = dist.isend(op.tensor, group=op.group, group_dst=op.group_peer)
+            with _naming(f"sending {what}"):
+                work = dist.isend(op.tensor, group=op.group, group_dst=op.group_peer)
             self._sends.append((what, work))
 
     def _wait(self, what: str, works: list[Any]) -> None:
         for work in works:
-            try:
+            with _naming(f"waiting for {what}"):
                 work.wait()
-            except RuntimeError as error:
-                raise RuntimeError(f"waiting for {what}: {_first_line(error)}") from error
 
     @contextlib.contextmanager
     def _compute(self, action: str) -> Iterator[None]:
@@ -294,6 +293,15 @@ class PlanRunner:
             loss = torch.stack([x.double() for x in self._losses.values()]).sum()
         dist.broadcast(loss, group=self._upwards, group_src=last)
         return loss
+
+
+@contextlib.contextmanager
+def _naming(doing: str) -> Iterator[None]:
+    """Says in a message's error which message it was."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{doing}: {_first_line(error)}") from error
 
 
 def _own_loss(result: Any, target: Any) -> Tensor:
