@@ -1,8 +1,9 @@
 """Step 2 of a split, cut: one graph per stage from the graph of the whole model.
 
 A node belongs to the stage in which it ran. What a later stage reads of an earlier one is, in this
-order: a constant if only sizes decide it, since a pipeline's microbatches have one shape; computed
-again if the inputs decide it (masks, positions); else sent, from stage to stage.
+order: a constant if only sizes decide it, since a pipeline's microbatches have one shape, or, with
+a check in the earlier stage, if it is a number; computed again if the inputs decide it (masks,
+positions); else sent, from stage to stage.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Cut:
     stage: dict[fx.Node, int]
     fixed: dict[fx.Node, bool] = field(default_factory=dict)
     repeatable: dict[fx.Node, bool] = field(default_factory=dict)
+    numbers: dict[fx.Node, tuple[Any, str]] = field(default_factory=dict)
 
 
 def cut_graph(
@@ -97,7 +99,7 @@ def cut_graph(
     for node in needed:
         if not isinstance(_value(node), Tensor):
             raise SplitError(
-                f"the model returns a {type(_value(node)).__name__}, and the last stage can only "
+                f"the model returns a {_kind(node)}, and the last stage can only "
                 "return tensors; leave it out of the result (a cache: use_cache=False among the "
                 "example inputs)"
             )
@@ -121,8 +123,9 @@ def _assign(traced: TracedModel, sizes: tuple[int, ...]) -> dict[fx.Node, int]:
     current = 0
     for node in traced.graph.nodes:
         sources = node.all_input_nodes
-        looks = node.op == "call_function" and len(sources) == 1 and sources[0].op == "call_module"
-        inside = looks and not isinstance(_value(sources[0]), Tensor)
+        looks = node.op == "call_function" and len(sources) == 1 and not node.meta.get("effect")
+        made = looks and sources[0].op not in ("placeholder", "get_attr")
+        inside = made and not isinstance(_value(sources[0]), Tensor)
         stage[node] = stage[sources[0]] if inside else current
         current += node in ends
     return stage
@@ -193,6 +196,7 @@ def _stage_graph(
         n: check for n, check in _checks(cut).items()
         if cut.stage[n] == number and not cut.repeatable[n]
     }  # fmt: skip
+    checks |= {n: check for n, check in cut.numbers.items() if cut.stage[n] == number}
     effects = [
         n for n in cut.traced.graph.nodes if cut.stage[n] == number
         and (n.meta.get("effect") or n.meta.get("in_place")) and not cut.repeatable[n]
@@ -214,7 +218,11 @@ def _build(
     received = [n for n in live if _is_received(cut, number, n)]
     for node in received:
         if not isinstance(_value(node), Tensor):
-            raise _refusal(node, f"it is a {type(_value(node)).__name__}, not a tensor")
+            if "value" not in node.meta or not isinstance(node.meta["value"], _NUMBERS):
+                raise _refusal(node, f"it is a {_kind(node)}, not a tensor")
+            cut.numbers[node] = node.meta["value"], format_source(node.meta.get("source"))
+    received = [n for n in received if n not in cut.numbers]
+    live = [n for n in live if n not in cut.numbers or cut.stage[n] >= number]
     graph = fx.Graph()
     made: dict[fx.Node, Any] = {
         n: graph.placeholder(f"received_{k}") for k, n in enumerate(received)
@@ -247,6 +255,12 @@ def _live(cut: Cut, number: int, roots: list[fx.Node]) -> list[fx.Node]:
     return [n for n in cut.traced.graph.nodes if n in found]
 
 
+def _kind(node: fx.Node) -> str:
+    if "value" in node.meta:
+        return type(node.meta["value"]).__name__
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def _is_received(cut: Cut, number: int, node: fx.Node) -> bool:
     earlier = cut.stage[node] < number and node.op not in ("placeholder", "get_attr")
     return earlier and not cut.repeatable[node]
@@ -270,8 +284,8 @@ def _copy(cut: Cut, graph: fx.Graph, node: fx.Node, made: dict[fx.Node, Any], wr
 
 def _constant(cut: Cut, node: fx.Node) -> Any:
     """The value that a node which only sizes decide had on the example."""
-    if isinstance(value := node.meta.get("value"), _NUMBERS):
-        return value
+    if "value" in node.meta and isinstance(node.meta["value"], _NUMBERS):
+        return node.meta["value"]
 
     def argument(n: fx.Node) -> Any:
         return n.meta["value"] if isinstance(_value(n), Tensor) else _constant(cut, n)

@@ -85,8 +85,9 @@ def trace_model(model: nn.Module, inputs: Inputs) -> TracedModel:
     if missing:
         raise SplitError(
             f"block {min(missing)!r} is not called in the forward of {type(model).__name__} on "
-            "the example inputs, so there is no border at it; is the residual add in the root's "
-            "own forward? Move its layers into modules"
+            "the example inputs, so there is no border at it. If the root's own forward adds to "
+            "the stream or computes on it, move that into modules; if it calls the block in "
+            "torch.utils.checkpoint, call it directly and give recompute=True"
         )
     guards = [(n, v, f"{s[0]}:{s[1]}" if s else "") for n, v, s in traced.guards]
     return TracedModel(traced.graph, traced.inputs, traced.kind, calls, guards)

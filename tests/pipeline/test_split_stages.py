@@ -113,11 +113,12 @@ class Gated(nn.Module):
         self.scale = nn.Parameter(torch.ones(32))
 
     def forward(self, x):
-        shift = torch.linspace(0, 1, x.shape[1])[:, None]
+        shape = x.shape
+        shift = torch.linspace(0, 1, shape[1])[:, None]
         gate = self.scale.tanh()
         for block in self.blocks:
             x = block(x, gate, shift)
-        return x * self.scale
+        return x * self.scale + torch.zeros(shape)
 
 
 def test_a_weight_and_values_of_the_root():
@@ -127,6 +128,40 @@ def test_a_weight_and_values_of_the_root():
     assert [len(border) for border in stages.borders] == [2, 2, 1]  # streams and the gate
     assert "linspace" in stages[2].code and "tanh" not in stages[2].code
     assert stages.shared == ({0: "scale", 2: "scale"},)
+
+
+class Counting(nn.Module):
+    """Returns a number beside the tensor, which a later block takes."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.layer, self.number = nn.Linear(8, 8), number
+
+    def forward(self, x, power=1):
+        return x + self.layer(x) ** power, {"power": power + self.number, "rest": (x.sum(), None)}
+
+
+class Powers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Counting(k) for k in range(3))
+
+    def forward(self, x):
+        power = 1
+        for block in self.blocks:
+            x, more = block(x, power)
+            power = more["power"]
+        return x
+
+
+def test_a_number_that_a_block_returns():
+    model, x = Powers(), torch.randn(2, 5, 8)
+    mc.transform(model, example_inputs=x, streams=2)
+    stages = split_stages(model.train(), 3, x)
+    run(stages, x)
+    model.blocks[0].number = 2
+    with pytest.raises((mc.MHCError, RuntimeError), match="1 on the example inputs"):
+        run(stages, x)
 
 
 def test_even_costs():
@@ -221,5 +256,5 @@ def test_adds_in_the_roots_own_forward():
             return x
 
     model = mc.transform(Root(), example_inputs=torch.randn(2, 3, 8), streams=2)
-    with pytest.raises(mc.errors.SplitError, match="the root's own forward"):
+    with pytest.raises(mc.errors.SplitError, match="the root's own forward adds"):
         split_stages(model, 2, torch.randn(2, 3, 8))
