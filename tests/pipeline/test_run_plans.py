@@ -35,7 +35,6 @@ TWO = {
     "nanogpt dualpipev compiled": case(
         "nanogpt", "dualpipev", 4, compile={"lower": "aot_eager", "recompute": "paper"}
     ),
-    "llama zb1p compiled": case("llama", "zb1p", 2, compile={"lower": "aot_eager"}),
 }
 FOUR = {
     f"nanogpt {variant}": case("nanogpt", variant, m)
@@ -99,8 +98,12 @@ def test_four_ranks(tmp_path):
 
 
 @pytest.mark.long
-def test_stages_compiled_by_inductor(tmp_path):
-    cases = {"inductor": case("nanogpt", "dualpipev", 4, compile={"recompute": "paper"})}
+def test_compiled_stages(tmp_path):
+    cases = {
+        "inductor": case("nanogpt", "dualpipev", 4, compile={"recompute": "paper"}),
+        "llama zb1p": case("llama", "zb1p", 2, compile={"lower": "aot_eager"}),
+        "checkpoints": case("nanogpt", "zb1p", 2, recompute=True, compile={"lower": "aot_eager"}),
+    }
     check_training(launch(tmp_path, 2, cases, limit=300), cases)
 
 
