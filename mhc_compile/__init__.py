@@ -13,6 +13,7 @@ from mhc_compile.conventions import CONVENTIONS, Convention
 from mhc_compile.deepseek_v4 import deepseek_v4_config, export_checkpoint, import_checkpoint
 from mhc_compile.errors import MHCError
 from mhc_compile.passes.plan import ResidualSite
+from mhc_compile.pipeline import PipelineStages, PlanRunner, measure_op_costs, split_stages
 from mhc_compile.pretrained import load_pretrained, save_pretrained
 from mhc_compile.report import Report, report
 from mhc_compile.runtime import reference
@@ -39,6 +40,8 @@ __all__ = [
     "MHCError",
     "OpCosts",
     "OverlapPlan",
+    "PipelineStages",
+    "PlanRunner",
     "RecomputePlan",
     "Report",
     "ResidualSite",
@@ -51,6 +54,7 @@ __all__ = [
     "import_checkpoint",
     "is_transformed",
     "load_pretrained",
+    "measure_op_costs",
     "mhc_parameters",
     "model_op_costs",
     "plan_pipeline",
@@ -61,6 +65,7 @@ __all__ = [
     "save_pretrained",
     "set_recompute",
     "solve_recompute",
+    "split_stages",
     "stability",
     "transform",
 ]

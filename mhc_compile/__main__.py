@@ -10,11 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.render import render
 from mhc_compile.codegen.spec import DTYPES
 from mhc_compile.conventions import CONVENTIONS
 from mhc_compile.errors import ConfigError, MHCError
+from mhc_compile.pipeline.measure_op_costs import measure_op_costs
 from mhc_compile.scheduler.layout import VARIANTS
 from mhc_compile.scheduler.objectives import OBJECTIVES
 from mhc_compile.scheduler.op_costs import OpCosts, model_op_costs
@@ -126,12 +129,20 @@ def _plan_costs(arguments: argparse.Namespace) -> dict[str, Any] | OpCosts | Non
     sizes = arguments.hidden is not None or arguments.tokens is not None
     if sum((arguments.costs is not None, arguments.op_costs is not None, sizes)) > 1:
         raise ConfigError("give one of --costs, --op-costs, and --hidden with --tokens")
+    if arguments.measure and not sizes:
+        raise ConfigError("--measure needs the sizes --hidden and --tokens")
     if sizes:
         if arguments.hidden is None or arguments.tokens is None:
             raise ConfigError("modelled costs need both --hidden and --tokens")
+        if arguments.measure:
+            return measure_op_costs(
+                hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
+                layers=arguments.layers, link_us=arguments.link_us, link_gbs=arguments.link_gbs,
+                device=arguments.device, dtype=getattr(torch, arguments.dtype),
+            )  # fmt: skip
         return model_op_costs(
             hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
-            layers=arguments.layers,
+            layers=arguments.layers, link_gbs=arguments.link_gbs,
         )  # fmt: skip
     if arguments.op_costs is not None:
         try:
@@ -178,6 +189,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--hidden", type=int, metavar="C", help="model the ops' costs: channels")
     plan.add_argument("--tokens", type=int, help="and tokens of a microbatch")
     plan.add_argument("--layers", type=int, default=1, help="and layers of a stage")
+    plan.add_argument(
+        "--measure", action="store_true",
+        help="time a dense layer of these sizes here instead; messages are modelled",
+    )  # fmt: skip
+    plan.add_argument("--device", help="on which --measure runs (default: the GPU if there is one)")
+    plan.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    plan.add_argument(
+        "--link-us", type=float, default=0.0, metavar="ALPHA",
+        help="of a message besides its bytes, with --measure",
+    )  # fmt: skip
+    plan.add_argument(
+        "--link-gbs", type=float, default=40.0, metavar="BETA", help="GB/s between ranks"
+    )
     plan.add_argument("--out", type=Path, help="directory for JSON, CSV, trace and pictures")
     for command in (emit, recompute, plan):
         command.add_argument("--json", action="store_true", help="print JSON")

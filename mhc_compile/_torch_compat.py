@@ -34,6 +34,7 @@ __all__ = [
     "below_autograd",
     "compile_with_inductor",
     "compiled_module",
+    "default_store",
     "fake_mode_of",
     "force_eager",
     "hash_of_files",
@@ -46,6 +47,7 @@ __all__ = [
     "is_view_call",
     "no_nested_tensor_fastpath",
     "partitioned_forward",
+    "pipeline_runtime",
     "saving_hook",
     "size_hint",
     "statically_known_true",
@@ -282,3 +284,25 @@ def size_hint(size: Any) -> int:
         return size
     hint = size.node.hint
     return int(hint) if hint is not None else 2**31
+
+
+def pipeline_runtime() -> tuple[Any, tuple[Any, ...]]:
+    """The class that walks through a pipeline's actions, and the kinds of those that compute."""
+    from torch.distributed.pipelining.schedules import (
+        BACKWARD_INPUT,
+        BACKWARD_WEIGHT,
+        FORWARD,
+        FULL_BACKWARD,
+        OVERLAP_F_B,
+        _PipelineScheduleRuntime,
+    )
+
+    kinds = (FORWARD, FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, OVERLAP_F_B)
+    return _PipelineScheduleRuntime, kinds
+
+
+def default_store() -> Any:
+    """The key-value store by which the processes of torch.distributed met, None without them."""
+    from torch.distributed import distributed_c10d, is_initialized
+
+    return distributed_c10d._get_default_store() if is_initialized() else None

@@ -55,6 +55,14 @@ class PlanError(MHCError):
     """A pipeline plan breaks a rule, or its text is damaged."""
 
 
+class SplitError(MHCError):
+    """A model cannot be cut into the stages of a pipeline."""
+
+
+class PipelineError(MHCError):
+    """A rank of a running pipeline failed, hangs, or runs another plan than the others."""
+
+
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """Checks that `value` is one of a few names.
 

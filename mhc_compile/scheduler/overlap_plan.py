@@ -138,9 +138,9 @@ class OverlapPlan:
     def __str__(self) -> str:
         return summarize(self)
 
-    def to_csv(self) -> str:
+    def to_csv(self, *, receives: bool = False) -> str:
         """CSV for torch's pipelining runtime, a row per rank, see `write_csv`."""
-        return write_csv(self)
+        return write_csv(self, receives)
 
     def to_chrome_trace(self, unit_us: float = 1.0) -> str:
         """Chrome-trace JSON for Perfetto, see `trace_plan`."""

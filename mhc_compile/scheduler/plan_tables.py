@@ -12,6 +12,7 @@ from tabulate import tabulate
 from mhc_compile.scheduler.actions import KINDS
 
 if TYPE_CHECKING:
+    from mhc_compile.scheduler.messages import Message
     from mhc_compile.scheduler.op_plan import OpPlan
     from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
@@ -70,12 +71,34 @@ def _rows(plan: OverlapPlan) -> list[dict[str, object]]:
     return rows
 
 
-def write_csv(plan: OverlapPlan) -> str:
-    """Returns a row per rank in the form that torch's pipelining runtime loads as compute_only.
+def write_csv(plan: OverlapPlan, receives: bool = False) -> str:
+    """Returns a row per rank in the form that torch's pipelining runtime loads.
 
     torch lacks a notion of the bidirectional dualpipe: it reads these rows and then refuses them,
     since two ranks hold each stage.
+
+    Args:
+        plan: the plan.
+        receives: adds what each rank receives, for format "compute_comms"; without, the rows are
+            "compute_only". A receive is posted one action before the one that reads it, so that
+            the message can arrive meanwhile, and in the order of `messages`. Sends are left to
+            what runs an action, which knows when a chunk within a pair is through.
     """
+    rows = plan.actions_as_text()
+    if receives:
+        messages = plan.messages()
+        rows = [_with_receives(rank, row, messages) for rank, row in enumerate(rows)]
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(plan.actions_as_text())
+    csv.writer(out, lineterminator="\n").writerows(rows)
     return out.getvalue()
+
+
+def _with_receives(rank: int, row: list[str], messages: list[Message]) -> list[str]:
+    posted: list[list[str]] = [[] for _ in row]
+    for message in messages:
+        if message.target == rank:
+            reader = message.stage + (1 if message.kind == "F" else -1)
+            cell = f"{reader}RECV_{message.kind}{message.microbatch}"
+            posted[max(0, message.posted_before - 1)].append(cell)
+    pairs = zip(posted, row, strict=True)
+    return [cell for receives, action in pairs for cell in (*receives, action)]

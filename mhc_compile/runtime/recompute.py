@@ -1,0 +1,117 @@
+"""`recompute`: a call that keeps its arguments alone and runs again, once, for its backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as torch_checkpoint
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from mhc_compile._torch_compat import autocast_state, tensor_leaves
+from mhc_compile.errors import MHCError
+
+
+def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls `function`; what its backward needs is computed again when it first asks.
+
+    Unlike `torch.utils.checkpoint`, which recomputes for every call of the autograd engine, what
+    was recomputed is kept until the graph is freed: a backward in parts (input gradients first,
+    those of weights later) recomputes once. Random numbers and autocast are those of the first run.
+    Inside `torch.compile` it is `torch.utils.checkpoint`.
+
+    Args:
+        function: a module, or a function of tensors; it must do the same when it runs again.
+        *args: its arguments; tensors in nested tuples, lists and dicts count too.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        What `function` returns.
+
+    Raises:
+        MHCError: the second run saves other tensors than the first.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 4)
+        >>> recompute(layer, torch.ones(2, 4)).sum().backward()
+        >>> layer.weight.grad.shape
+        torch.Size([4, 4])
+    """
+    if torch.compiler.is_compiling():
+        return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    frame = _Frame(function, args, kwargs)
+    with torch.autograd.graph.saved_tensors_hooks(frame.pack, _unpack):
+        return function(*args, **kwargs)
+
+
+class _Frame:
+    """One call: how to repeat it and, after that, what its backward needs.
+
+    The graph's saved tensors refer to it, so that it is freed with the last of them.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.function = function
+        self.arguments = tree_map_only(Tensor, _detached, (args, kwargs))
+        given = tensor_leaves((args, kwargs))
+        self.devices, self.states = torch_checkpoint.get_device_states(*given)
+        self.host_state = torch.get_rng_state()
+        kinds = {"cpu", *(t.device.type for t in given)}
+        self.autocast = {kind: state for kind in kinds if (state := autocast_state(kind))}
+        self.shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self.values: list[Tensor] | None = None
+
+    def pack(self, value: Tensor) -> tuple[_Frame, int]:
+        """Notes a tensor that autograd saves, without keeping it."""
+        self.shapes.append((value.shape, value.dtype))
+        return self, len(self.shapes) - 1
+
+    def run(self) -> list[Tensor]:
+        """Repeats the call and returns the tensors that autograd saves in it."""
+        values: list[Tensor] = []
+
+        def keep(value: Tensor) -> Tensor:
+            values.append(value.detach())
+            return values[-1]
+
+        args, kwargs = self.arguments
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
+        with torch.enable_grad(), self._as_before(), hooks:
+            self.function(*args, **kwargs)
+        if [(v.shape, v.dtype) for v in values] != self.shapes:
+            raise MHCError(
+                f"{type(self.function).__name__} saved {len(self.shapes)} tensors for its backward "
+                f"and {len(values)} others when it was recomputed; it must do the same both times, "
+                "or be called without recompute"
+            )
+        return values
+
+    @contextlib.contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """The random numbers and the autocast of the first run."""
+        kind = self.devices and torch.accelerator.current_accelerator()
+        with torch.random.fork_rng(self.devices, device_type=kind.type if kind else "cuda"):
+            torch.set_rng_state(self.host_state)
+            torch_checkpoint.set_device_states(self.devices, self.states)
+            with contextlib.ExitStack() as stack:
+                for device, (enabled, dtype) in self.autocast.items():
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+                yield
+
+
+def _unpack(held: tuple[_Frame, int]) -> Tensor:
+    frame, number = held
+    if frame.values is None:
+        frame.values = frame.run()
+    return frame.values[number]
+
+
+def _detached(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_(value.requires_grad)
