@@ -185,7 +185,7 @@ def test_report_files(tmp_path):
     assert json.loads(report.to_json())["memory"] is None
     report.to_html(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<h2>") == 7 and "not measured" in page
+    assert page.count("<h2>") == 8 and "not measured" in page
     with pytest.raises(mc.MHCError, match="no hyper-connections to report on"):
         mc.report(torch.nn.Linear(2, 2))
 
