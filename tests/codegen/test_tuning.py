@@ -47,7 +47,7 @@ def own_state(monkeypatch, tmp_path):
     monkeypatch.delenv(tuning.ENV, raising=False)
     monkeypatch.setattr(tuning._State, "mode", None)
     monkeypatch.setattr(tuning._State, "table", None)
-    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "none.json")
+    monkeypatch.setattr(tuning, "PACKAGED", tmp_path / "packaged" / "tiles.json")
     return tmp_path / "cache"
 
 
