@@ -80,9 +80,10 @@ class Recompute(ChainedPass):
         self.record.rebuilt = (self.record.rebuilt or 0) + rebuilt
         planned = sum(sum(blocks) - len(blocks) for blocks in self.record.blocks)
         wrong = []
-        asked = self.options.recompute is not None
-        if asked and self.products is not None and not self.record.choices:
-            wrong.append("0 sublayers' streams are rebuilt, for no seams were fused,")
+        if self.products is not None and not self.record.choices:
+            none = "0 sublayers' streams are rebuilt, for no seams were fused,"
+            # By default that is for the report alone.
+            (self.record.notes if self.options.recompute is None else wrong).append(none)
         if self.record.rebuilt != planned:
             wrong.append(f"{self.record.rebuilt} of {planned} sublayers' streams are rebuilt")
         if self.products is not None and self.products < 0:
