@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from timing import machine, need_gpu, spread, write_json
+from torch._inductor import config as inductor_config
 from training_models import Shape, make_shape
 from training_steps import Training, Version, compiled, failure, peak_of_step, time_steps
 
@@ -113,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.device == "cuda":
         need_gpu()
+    inductor_config.force_disable_caches = True  # what comes from there was not looked at
     torch._dynamo.config.recompile_limit = 4 * len(PLANS)  # plans share their model's code
     shape = make_shape(args.model, args.channels, args.blocks, args.length, args.batch)
     print(table(measure_all(args, shape)))

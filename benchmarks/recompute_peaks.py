@@ -20,6 +20,7 @@ import torch
 from backend import Block
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
 import mhc_compile as mc
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    inductor_config.force_disable_caches = True  # what comes from there was not looked at
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     with torch.device(args.device):

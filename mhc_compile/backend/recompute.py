@@ -79,7 +79,7 @@ class Recompute(ChainedPass):
             return
         self.record.rebuilt = (self.record.rebuilt or 0) + rebuilt
         planned = sum(sum(blocks) - len(blocks) for blocks in self.record.blocks)
-        wrong = []
+        wrong: list[str] = []
         if self.products is not None and not self.record.choices:
             none = "0 sublayers' streams are rebuilt, for no seams were fused,"
             # By default that is for the report alone.

@@ -138,4 +138,5 @@ def test_memory(tmp_path):
                  "--repeats", "2", "--json", str(path)])  # fmt: skip
     plain, off, block = json.loads(path.read_text())["rows"]
     assert plain["measured"] < off["measured"] and block["blocks"] == [[4]]
-    assert 0.5 < off["measured"] / off["predicted"] < 2
+    # In a model this small most is what operators need, which is not predicted.
+    assert "predicted" not in off and 0 < block["predicted"] < block["measured"]
