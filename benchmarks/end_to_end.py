@@ -33,11 +33,11 @@ from training_steps import (
     check,
     compiled,
     failure,
-    peak_of_step,
     time_steps,
 )
 
 from mhc_compile.backend.records import last_record
+from mhc_compile.runtime.memory_events import peak_bytes
 
 Row = dict[str, Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -82,7 +82,7 @@ class Run:
     def peak(self) -> int:
         """Bytes at the peak of a step, with the model and the optimizer, but of no other model."""
         self.training.optimizer.zero_grad()  # a step starts without gradients
-        return self.training.resident + peak_of_step(self._step, self.device)
+        return self.training.resident + peak_bytes(self._step, self.device.type)
 
 
 def _backend_record() -> dict[str, Any] | None:

@@ -21,9 +21,10 @@ from tabulate import tabulate
 from timing import machine, need_gpu, spread, write_json
 from torch._inductor import config as inductor_config
 from training_models import Shape, make_shape
-from training_steps import Training, Version, compiled, failure, peak_of_step, time_steps
+from training_steps import Training, Version, compiled, failure, time_steps
 
 from mhc_compile.backend.records import last_record
+from mhc_compile.runtime.memory_events import peak_bytes
 
 PLANS = ("off", "one block", "paper", "timeline")
 
@@ -39,7 +40,7 @@ def measure(training: Training, version: Version, repeats: int) -> dict[str, Any
 
     for _ in range(2):  # compiles, and makes gradients, which stay
         both()
-    row: dict[str, Any] = {"status": "ok", "measured": peak_of_step(both, device)}
+    row: dict[str, Any] = {"status": "ok", "measured": peak_bytes(both, device.type)}
     row["ms"] = spread([first for first, _ in time_steps(both, repeats, device)])
     if version.backend == "mhc":
         record = last_record()

@@ -15,7 +15,6 @@ from training_models import Shape, WithLoss, build, small
 
 import mhc_compile as mc
 from mhc_compile.backend import mhc
-from mhc_compile.runtime.memory_events import peak_bytes
 
 Call = Callable[[Tensor, Tensor], Tensor]
 BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
@@ -213,14 +212,3 @@ def time_steps(step: Callable[[Callable[[], None]], None], repeats: int, device:
     return [
         (clock.between(3 * k, 3 * k + 1), clock.between(3 * k, 3 * k + 2)) for k in range(repeats)
     ]
-
-
-def peak_of_step(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that a step has allocated at one time, beside what was there before."""
-    if device.type == "cpu":
-        return peak_bytes(step)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -90,23 +90,17 @@ def _add_recompute(parser: argparse.ArgumentParser) -> None:
         "--hidden", type=_number, default=1, metavar="SIZE",
         help="of one stream; the unit of what is printed (default: 1)",
     )  # fmt: skip
-    for name, help in (
-        ("transient", "recomputed of a sublayer, times hidden (default: n + 2)"),
-        ("kept", "that F keeps of a sublayer, times hidden (default: 1)"),
-    ):
-        parser.add_argument(f"--{name}", type=_numbers, metavar="SIZE[,SIZE...]", help=help)
-    parser.add_argument(
-        "--gradients", type=_numbers, default=0, metavar="SIZE[,SIZE...]",
-        help="that the gradients of a sublayer's weights add, times hidden (default: 0)",
-    )  # fmt: skip
-    for name, help in (
-        ("head", "held when the backward starts, times hidden (default: 0)"),
-        ("flowing", "held besides while a block is in work, times hidden (default: 0)"),
-    ):
-        parser.add_argument(f"--{name}", type=_number, default=0, metavar="SIZE", help=help)
-    parser.add_argument(
-        "--embedding", type=_number, metavar="SIZE", help="kept in place of x_0, times hidden"
-    )
+    one, several = (_number, "SIZE"), (_numbers, "SIZE[,SIZE...]")
+    for name, (parse, metavar), default, help in (
+        ("transient", several, None, "recomputed of a sublayer, times hidden (default: n + 2)"),
+        ("kept", several, None, "that F keeps of a sublayer, times hidden (default: 1)"),
+        ("gradients", several, 0, "that those of a sublayer's weights add, times hidden "
+         "(default: 0)"),
+        ("head", one, 0, "held when the backward starts, times hidden (default: 0)"),
+        ("flowing", one, 0, "held besides while a block is in work, times hidden (default: 0)"),
+        ("embedding", one, None, "kept in place of x_0, times hidden"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=parse, default=default, metavar=metavar, help=help)
 
 
 def _plan(arguments: argparse.Namespace) -> tuple[str, Any]:

@@ -232,18 +232,18 @@ def aot_module(gm: Any, inputs: Any, before_partition: Any, change: Any) -> Any:
     return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition)(gm, inputs)
 
 
-def partitioned_forward(joint: Any) -> Any:
-    """The forward graph that AOTAutograd's partitioner would make of a joint graph, which stays."""
+def partitioned_forward(joint: Any, results: int) -> Any:
+    """The forward graph that AOTAutograd's partitioner would make of a joint graph, which stays.
+
+    `results` says how many of the joint graph's are the forward's.
+    """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch.utils._pytree import tree_leaves
 
     copy = torch.fx.Graph()
-    results, output = copy.graph_copy(joint, {}, return_output_node=True)  # type: ignore[misc]
-    copy.output(results).meta = dict(output.meta)  # type: ignore[union-attr]
+    ends, output = copy.graph_copy(joint, {}, return_output_node=True)  # type: ignore[misc]
+    copy.output(ends).meta = dict(output.meta)  # type: ignore[union-attr]
     module = torch.fx.GraphModule(joint.owning_module, copy)
-    inputs = [n for n in joint.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
-    outputs = len(tree_leaves(joint.output_node().args)) - len(inputs)
-    forward, _ = min_cut_rematerialization_partition(module, None, num_fwd_outputs=outputs)
+    forward, _ = min_cut_rematerialization_partition(module, None, num_fwd_outputs=results)
     return forward.graph
 
 

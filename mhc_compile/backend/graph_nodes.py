@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from mhc_compile._torch_compat import HigherOrderOperator, OpOverload, OpOverloadPacket
 
@@ -89,6 +90,19 @@ def graphs(module: GraphModule) -> Iterator[Graph]:
     for part in module.modules():
         if isinstance(part, GraphModule):
             yield part.graph
+
+
+def is_tangent(node: Node) -> bool:
+    """Whether a node of a joint or backward graph is the gradient of one of its results."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def joint_ends(joint: Graph) -> tuple[list[Node], list[Any], list[Any]]:
+    """A joint graph's inputs, the forward's results, and each input's gradient or None."""
+    inputs = [node for node in joint.find_nodes(op="placeholder") if not is_tangent(node)]
+    results = tree_leaves(joint.output_node().args)
+    forward = len(results) - len(inputs)
+    return inputs, results[:forward], results[forward:]
 
 
 def result(call: Node, index: int) -> Node | None:

@@ -33,14 +33,6 @@ def find_chains(graph: Graph) -> list[Chain]:
     return chains
 
 
-def inputs_with_gradients(joint: Graph) -> frozenset[str]:
-    """The names of a joint graph's inputs that get gradients, which are its last results."""
-    inputs = [n for n in joint.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
-    results = tree_leaves(joint.output_node().args)[-len(inputs) :]
-    pairs = zip(inputs, results, strict=True) if len(results) == len(inputs) else ()
-    return frozenset(node.name for node, gradient in pairs if isinstance(gradient, Node))
-
-
 def outline(seams: Sequence[Node]) -> Sizes:
     """The sizes of a chain as far as they do not depend on what is kept."""
     x = arguments(seams[0])[0]

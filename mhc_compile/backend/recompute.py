@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from mhc_compile._torch_compat import OpOverload, partitioned_forward
 from mhc_compile.backend.chained_pass import ChainedPass, hash_of_sources
+from mhc_compile.backend.graph_nodes import is_tangent, joint_ends
 from mhc_compile.backend.measure_sublayers import (
+    Chain,
     find_chains,
-    inputs_with_gradients,
     measure_sublayers,
     outline,
 )
 from mhc_compile.backend.options import Options
-from mhc_compile.backend.recompute_streams import (
-    backward_nodes,
-    count_rebuilt,
-    recompute_streams,
-)
+from mhc_compile.backend.recompute_streams import count_rebuilt, recompute_streams
 from mhc_compile.backend.records import GraphRecord
 from mhc_compile.backend.static_memory import static_peak
-from mhc_compile.scheduler.choose_plan import Choice, Sizes, choose_plan, predict
+from mhc_compile.scheduler.choose_plan import Choice, Sizes, choose_plan
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution")
 
@@ -50,18 +49,23 @@ class Recompute(ChainedPass):
             return
         start = time.perf_counter()
         self.products = _count_products(graph)
-        chains = find_chains(graph) if backward_nodes(graph) else []
-        self.weights = inputs_with_gradients(graph)
+        if any(map(is_tangent, graph.nodes)) and (chains := find_chains(graph)):
+            self._plan(graph, chains)
+        self.record.seconds["recompute_streams"] = time.perf_counter() - start
+
+    def _plan(self, graph: Graph, chains: Sequence[Chain]) -> None:
+        inputs, results, gradients = joint_ends(graph)
+        pairs = zip(inputs, gradients, strict=True)
+        self.weights = frozenset(node.name for node, g in pairs if isinstance(g, Node))
         sizes = [outline(seams) for seams in chains]
-        if self.options.plan in ("timeline", "budget") and chains:
+        if self.options.plan in ("timeline", "budget"):
             # What is kept is the partitioner's choice: it is asked on a copy of the graph first.
-            sizes = self._measure(partitioned_forward(graph))
+            sizes = self._measure(partitioned_forward(graph, len(results)))
         self.chosen = [
             choose_plan(self.options.plan, each, self.options.memory_budget) for each in sizes
         ]
         recompute_streams(graph, chains, [choice.block_sizes for choice in self.chosen])
         self.record.choices += self.chosen
-        self.record.seconds["recompute_streams"] = time.perf_counter() - start
 
     def _measure(self, forward: Graph) -> list[Sizes]:
         return [measure_sublayers(seams, self.weights) for seams in find_chains(forward)]
@@ -74,7 +78,7 @@ class Recompute(ChainedPass):
         )
         if self.products is not None:
             self.products -= _count_products(graph)
-        if not any("tangents" in str(node.target) for node in graph.nodes):
+        if not any(map(is_tangent, graph.nodes)):
             self._predict(graph)
             return
         self.record.rebuilt = (self.record.rebuilt or 0) + rebuilt
@@ -96,12 +100,11 @@ class Recompute(ChainedPass):
             )
 
     def _predict(self, forward: Graph) -> None:
-        """Says what the blocks need with what the forward really keeps."""
+        """Gives the choices the sizes of what the forward really keeps."""
         if not self.chosen:
             return
-        sizes = self._measure(forward)
-        pairs = zip(self.chosen, sizes, strict=True)
-        self.record.choices[-len(self.chosen) :] = [predict(c.plan, size) for c, size in pairs]
+        pairs = zip(self.chosen, self._measure(forward), strict=True)
+        self.record.choices[-len(self.chosen) :] = [replace(c, sizes=size) for c, size in pairs]
 
     def identity(self) -> Any:
         """The options, the pass and the solver."""

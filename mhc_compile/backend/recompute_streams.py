@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from mhc_compile._torch_compat import CheckpointPolicy, fake_mode_of, is_view_call
-from mhc_compile.backend.graph_nodes import arguments, mhc_op, result
+from mhc_compile.backend.graph_nodes import arguments, is_tangent, mhc_op, result
 
 REBUILT = "mhc_rebuilt"
 """Mark in a node's `meta`: it computes again what the forward has dropped."""
@@ -32,7 +32,7 @@ def recompute_streams(
         chains: its chains of seams.
         blocks: sizes of the blocks of each chain, in sublayers.
     """
-    backward = backward_nodes(graph)
+    backward = _backward_nodes(graph)
     for seams, sizes in zip(chains, blocks, strict=True):
         starts = set(accumulate(sizes[:-1]))
         rebuilt: Node | None = None
@@ -113,12 +113,11 @@ def _read_in_backward(node: Node, backward: set[Node]) -> bool:
     )
 
 
-def backward_nodes(graph: Graph) -> set[Node]:
+def _backward_nodes(graph: Graph) -> set[Node]:
     """All that depends on a tangent."""
     found: set[Node] = set()
     for node in graph.nodes:
-        tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if tangent or any(source in found for source in node.all_input_nodes):
+        if is_tangent(node) or any(source in found for source in node.all_input_nodes):
             found.add(node)
     found -= {node for node in found if node.op == "output"}
     return found

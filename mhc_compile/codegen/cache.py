@@ -60,17 +60,21 @@ def _temporary_directory() -> Path:
 
 def _keep(directory: Path, name: str, content: bytes) -> Path:
     path = directory / name
-    if path.is_file() and not path.is_symlink() and path.read_bytes() == content:
-        return path
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=name, suffix=".tmp")
+    if not (path.is_file() and not path.is_symlink() and path.read_bytes() == content):
+        write_whole(path, content)  # processes that race write the same content
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that other processes read all of it, or what was there before."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.replace(temporary, path)  # processes that race write the same content
+        os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
 
 
 def write_source(text: str, stem: str) -> Path:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mhc_compile.codegen.cache import write_whole
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.codegen.tiles import tile_fault
 from mhc_compile.errors import MHCError
@@ -85,14 +84,7 @@ class TileTable:
         rows = [asdict(self.entries[key]) for key in sorted(self.entries)]
         text = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         body = f'{{"version": {VERSION}, "entries": [\n{text}\n]}}\n'
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(body)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, body.encode())
 
 
 def read_table(path: Path) -> TileTable:

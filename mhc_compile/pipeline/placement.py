@@ -36,14 +36,6 @@ def check_sizes(plan: OverlapPlan, stages: PipelineStages, group: Any) -> None:
         )
 
 
-def device_of(modules: dict[int, fx.GraphModule]) -> torch.device:
-    """The device of the stages' parameters."""
-    for module in modules.values():
-        for tensor in module.parameters():
-            return tensor.device
-    return torch.device("cpu")
-
-
 def place_stage(module: fx.GraphModule, device: torch.device) -> None:
     """Moves a stage to a device, with the devices that its code names."""
     if any(t.device.type == "meta" for t in module.parameters()) and device.type != "meta":

@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from mhc_compile._torch_compat import pipeline_runtime
 from mhc_compile.errors import ConfigError, MHCError, PipelineError
+from mhc_compile.passes.block_calls import device_of
 from mhc_compile.pipeline.agree import FailureBoard, check_agreement, connect, neighbours
 from mhc_compile.pipeline.microbatches import split_inputs, split_target
-from mhc_compile.pipeline.placement import check_sizes, device_of, place_stage
+from mhc_compile.pipeline.placement import check_sizes, place_stage
 from mhc_compile.pipeline.shared_parameters import SharedParameters
 from mhc_compile.pipeline.stages import PipelineStages
 from mhc_compile.scheduler.overlap_plan import OverlapPlan
@@ -71,7 +72,8 @@ class PlanRunner:
         self._loss_fn = loss_fn or _own_loss
         mine = sorted(stage for stage, _ in plan.layout.slots(self.rank))
         self.modules: dict[int, fx.GraphModule] = {k: stages[k] for k in mine}
-        self.device = torch.device(device) if device is not None else device_of(self.modules)
+        place = device_of(nn.ModuleList(self.modules.values())) if device is None else device
+        self.device = torch.device(place)
         for module in (*self.modules.values(), stages.checks):
             place_stage(module, self.device)
         self._losses: dict[int, Tensor] = {}

@@ -7,15 +7,13 @@ So the states of a block are there from their first use in the backward to their
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhc_compile._torch_compat import autocast_state
 from mhc_compile.runtime import ops as _ops  # noqa: F401  # registers torch.ops.mhc
+from mhc_compile.runtime.replay import autocast_of, replay
 from mhc_compile.scheduler.choose_plan import Sizes
 
 
@@ -187,27 +185,16 @@ class Norm(Source):
     def __init__(self, h: Source, module: nn.Module, like: Tensor) -> None:
         super().__init__(h)
         self.module, self.requires_grad = module, like.requires_grad
-        self.device, self.autocast = like.device.type, autocast_state(like.device.type)
+        self.autocast = autocast_of([like.device.type])
         self.kept: list[Tensor] = []
 
     def compute(self, *values: Tensor) -> Tensor:
         """Runs the norm again; what its operators keep is noted in order."""
-        self.kept = []
         leaf = values[0].detach().requires_grad_(self.requires_grad)
-
-        def note(tensor: Tensor) -> int:
-            self.kept.append(tensor if tensor.is_leaf else tensor.detach())
-            return len(self.kept)
-
-        as_then: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if self.autocast is not None:
-            enabled, dtype = self.autocast
-            as_then = torch.autocast(self.device, dtype, enabled, cache_enabled=False)
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, _never)
-        with torch.enable_grad(), as_then, hooks:
-            # Not by a call of the module, whose hooks belong to the forward.
-            result: Tensor = self.module.forward(leaf)
-        return result.detach()
+        # Not by a call of the module, whose hooks belong to the forward.
+        result, self.kept = replay(self.module.forward, leaf, autocast=self.autocast)
+        again: Tensor = result.detach()
+        return again
 
 
 class KeptByNorm:
@@ -243,7 +230,3 @@ Pack = Callable[[Tensor], Kept]
 def unpack(kept: Kept) -> Tensor:
     """The second of autograd's hooks for saved tensors."""
     return kept.value()
-
-
-def _never(_: Any) -> Tensor:
-    raise AssertionError("nothing runs backward here")

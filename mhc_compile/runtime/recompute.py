@@ -11,8 +11,9 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mhc_compile._torch_compat import autocast_state, tensor_leaves
+from mhc_compile._torch_compat import tensor_leaves
 from mhc_compile.errors import MHCError
+from mhc_compile.runtime.replay import autocast_of, replay
 
 
 def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +64,7 @@ class _Frame:
         given = tensor_leaves((args, kwargs))
         self.devices, self.states = torch_checkpoint.get_device_states(*given)
         self.host_state = torch.get_rng_state()
-        kinds = {"cpu", *(t.device.type for t in given)}
-        self.autocast = {kind: state for kind in kinds if (state := autocast_state(kind))}
+        self.autocast = autocast_of({"cpu", *(t.device.type for t in given)})
         self.shapes: list[tuple[torch.Size, torch.dtype]] = []
         self.values: list[Tensor] | None = None
 
@@ -75,16 +75,9 @@ class _Frame:
 
     def run(self) -> list[Tensor]:
         """Repeats the call and returns the tensors that autograd saves in it."""
-        values: list[Tensor] = []
-
-        def keep(value: Tensor) -> Tensor:
-            values.append(value.detach())
-            return values[-1]
-
         args, kwargs = self.arguments
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
-        with torch.enable_grad(), self._as_before(), hooks:
-            self.function(*args, **kwargs)
+        with self._random_numbers():
+            _, values = replay(self.function, *args, autocast=self.autocast, **kwargs)
         if [(v.shape, v.dtype) for v in values] != self.shapes:
             raise MHCError(
                 f"{type(self.function).__name__} saved {len(self.shapes)} tensors for its backward "
@@ -94,16 +87,13 @@ class _Frame:
         return values
 
     @contextlib.contextmanager
-    def _as_before(self) -> Iterator[None]:
-        """The random numbers and the autocast of the first run."""
+    def _random_numbers(self) -> Iterator[None]:
+        """Those of the first run."""
         kind = self.devices and torch.accelerator.current_accelerator()
         with torch.random.fork_rng(self.devices, device_type=kind.type if kind else "cuda"):
             torch.set_rng_state(self.host_state)
             torch_checkpoint.set_device_states(self.devices, self.states)
-            with contextlib.ExitStack() as stack:
-                for device, (enabled, dtype) in self.autocast.items():
-                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-                yield
+            yield
 
 
 def _unpack(held: tuple[_Frame, int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mhc_compile.errors import ConfigError, check_choice
@@ -51,17 +52,30 @@ class Choice:
 
     Attributes:
         plan: how they were chosen; for "paper" by Eq. 20, which knows of no other sizes than C.
-        memory: the same blocks with the model's own sizes, in bytes; its `peak` is the prediction.
-            None as long as it is not known what F keeps.
+        sizes: the model's own.
     """
 
     plan: RecomputePlan
-    memory: RecomputePlan | None
+    sizes: Sizes
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
         """Sublayers of each block."""
         return self.plan.block_sizes
+
+    @cached_property
+    def memory(self) -> RecomputePlan | None:
+        """The same blocks with the model's own sizes, in bytes; its `peak` is the prediction.
+
+        None as long as it is not known what F keeps.
+        """
+        sizes = self.sizes
+        if not any(sizes.kept):
+            return None
+        return evaluate_blocks(
+            self.block_sizes, sizes.layers, sizes.streams, hidden=sizes.unit,
+            objective="timeline", **_multiples(sizes),
+        )  # fmt: skip
 
 
 def check_recompute(value: Any, memory_budget: Any) -> Recompute:
@@ -115,18 +129,7 @@ def choose_plan(recompute: Recompute, sizes: Sizes, memory_budget: int | None = 
         )  # fmt: skip
     else:
         plan = evaluate_blocks(recompute, layers, n, hidden=unit)
-    return predict(plan, sizes if any(sizes.kept) else None)
-
-
-def predict(plan: RecomputePlan, sizes: Sizes | None) -> Choice:
-    """A plan beside the memory that its blocks need with other sizes, if they are known."""
-    if sizes is None:
-        return Choice(plan, None)
-    memory = evaluate_blocks(
-        plan.block_sizes, sizes.layers, sizes.streams, hidden=sizes.unit, objective="timeline",
-        **_multiples(sizes),
-    )  # fmt: skip
-    return Choice(plan, memory)
+    return Choice(plan, sizes)
 
 
 def _multiples(sizes: Sizes) -> dict[str, Any]:
