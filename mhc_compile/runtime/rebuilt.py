@@ -87,12 +87,13 @@ class Given:
 class Source:
     """A tensor that `compute` makes again from `needs`, once.
 
-    `version` and `dtype` are those of the forward's tensor.
+    `version`, `dtype` and `layout` (shape and strides) are those of the forward's tensor.
     """
 
     def __init__(self, *needs: Given | Source) -> None:
         self.needs = needs
         self.version, self.dtype = 0, torch.float32
+        self.layout: tuple[torch.Size, tuple[int, ...]] = (torch.Size(), ())
         self._value: Tensor | None = None
 
     def compute(self, *values: Tensor) -> Tensor:
@@ -162,6 +163,18 @@ class Merged(State):
         """Merges the result into the streams."""
         merged: Tensor = torch.ops.mhc.post_res(*values)
         return merged
+
+
+class Seen(State):
+    """Streams that are a part of others: x[:, 1:], say."""
+
+    def __init__(self, state: State, x: Tensor) -> None:
+        super().__init__(state.chain, state.place, state)
+        self.part = Part(state, x)
+
+    def compute(self, *values: Tensor) -> Tensor:
+        """Looks at the others' memory."""
+        return self.part.value()
 
 
 class Read(Source):

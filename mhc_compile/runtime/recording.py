@@ -22,6 +22,7 @@ from mhc_compile.runtime.rebuilt import (
     Norm,
     Part,
     Read,
+    Seen,
     Source,
     Start,
     State,
@@ -86,7 +87,7 @@ class Recording:
 
     def enter_norm(self, module: nn.Module, h: Tensor) -> None:
         """Lets what a module keeps be rebuilt, if h is a sublayer's input."""
-        source = self._find(h)
+        source = self._exactly(h)
         # Not within torch.utils.checkpoint, which runs the module again itself.
         if isinstance(source, Read) and saving_hook() == self._pack:
             norm, places = Norm(source, module, h), itertools.count()
@@ -117,17 +118,29 @@ class Recording:
 
     def _state(self, x: Tensor) -> State:
         state = self._find(x)
-        if not isinstance(state, State):
-            state = Start(Chain(x.select(-2, 0), x.shape[-2], False), 0, x)
-            self._note(x, state)
+        if isinstance(state, State):
+            return state if self._exactly(x) is state else Seen(state, x)
+        state = Start(Chain(x.select(-2, 0), x.shape[-2], False), 0, x)
+        self._note(x, state)
         return state
 
     def _note(self, tensor: Tensor, source: Source) -> None:
+        """Remembers the source of a tensor that fills its memory; others stay unknown."""
+        if not _plain(tensor) or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            return
         source.version, source.dtype = tensor._version, tensor.dtype
+        source.layout = tensor.shape, tensor.stride()
         setattr(tensor, _SOURCE, source)
         self._sources[StorageWeakRef(tensor.untyped_storage())] = source
 
+    def _exactly(self, tensor: Tensor) -> Source | None:
+        """The source of a tensor itself, not of one that it is a view of."""
+        source = self._find(tensor)
+        whole = source is not None and (tensor.shape, tensor.stride()) == source.layout
+        return source if whole else None
+
     def _find(self, tensor: Tensor) -> Source | None:
+        """The source of what lies in a tensor's memory."""
         if not _plain(tensor):
             return None
         source = self._sources.get(StorageWeakRef(tensor.untyped_storage()))
