@@ -31,7 +31,7 @@ CHECKED = {"bf16": 2e-2, "fp16": 3e-3, "fp32": 2e-4}
 """Largest relative error of a gradient (norms); tests/codegen has the tight bounds."""
 EPS = 1e-6
 
-Launch = tuple[KernelSpec, tuple[Any, ...]]
+Launch = tuple[KernelSpec, Callable[[], object]]
 
 
 def make_parts(
@@ -132,13 +132,13 @@ def check(
 
 
 def launches_of(run: Callable[[], object]) -> list[Launch]:
-    """The kernels that a call launches, with their arguments."""
+    """The kernels that a call launches, and the launches."""
     found: list[Launch] = []
     original = KernelCalls.run
 
-    def noted(call: KernelCalls, spec: KernelSpec, *args: Any) -> None:
-        found.append((spec, args))
-        original(call, spec, *args)
+    def noted(call: KernelCalls, spec: KernelSpec, *args: Any, **options: Any) -> Any:
+        found.append((spec, partial(original, call, spec, *args, **options)))
+        return original(call, spec, *args, **options)
 
     KernelCalls.run = noted  # type: ignore[method-assign]
     try:
@@ -152,13 +152,13 @@ def time_kernels(parts: list[dict[str, Tensor]], rule: str, rate: float) -> list
     """One row a kernel, in the order of the launches of a seam, then of a stream's ends."""
     rows: dict[str, dict[str, Any]] = {}
     for run in (run_seam, run_ends):
+        run(parts[0], rule)  # after which it is known how many programs fit
         sets = [launches_of(partial(run, p, rule)) for p in parts]
         for launches in zip(*sets, strict=True):
             spec = launches[0][0]
             if spec.key not in rows:
-                call = KernelCalls(parts[0]["x"])
-                time = graph_time([partial(call.run, spec, *args) for _, args in launches])
-                rows[spec.key] = row_of(spec, call.tokens, time, rate)
+                time = graph_time([launch for _, launch in launches])
+                rows[spec.key] = row_of(spec, len(parts[0]["x"]), time, rate)
     return list(rows.values())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mhc_compile.codegen.cache import load
-from mhc_compile.codegen.signature import counts, grid, group_tokens
+from mhc_compile.codegen.signature import counts, grid, group_tokens, learn_residents
 from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
 from mhc_compile.codegen.tiles import fits_whole
 from mhc_compile.codegen.tuning import Tuning, tile_for, tuning_of
@@ -66,12 +66,13 @@ class KernelCalls:
         """The kernel of an operation for these streams."""
         return _tiled(self.base, op, self.tokens, tuple(fields.items()), self.tuning)
 
-    def run(self, spec: KernelSpec, *args: Any) -> None:
-        """Launches a kernel; None stands for an argument that it does not read."""
+    def run(self, spec: KernelSpec, *args: Any, programs: int | None = None) -> Any:
+        """Launches a kernel, which is returned; None is for an argument that it does not read."""
         if self.tokens:
             tile = spec.tile
-            kernel = load(spec)[grid(spec, self.tokens)]
-            kernel(*args, num_warps=tile.warps, num_stages=tile.stages)
+            kernel = load(spec)[grid(spec, self.tokens) if programs is None else (programs,)]
+            return kernel(*args, num_warps=tile.warps, num_stages=tile.stages)
+        return None
 
     def count(self, spec: KernelSpec, what: str) -> int:
         """Tiles, programs, workers or groups of a launch, see `signature.counts`."""
@@ -243,10 +244,14 @@ class KernelCalls:
         spec = self.spec("seam_backward")
         g_x, g_f = torch.empty_like(x), torch.empty_like(f)
         dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
-        products = self.empty(self.count(spec, "workers"), self.n, spec.tile.tokens,
-                              spec.tile.width, dtype=self.dtype)  # fmt: skip
-        self.run(spec, x, f, post, res, g_y, pre, g_h, *_by_channel(phi), *dh, scale, g_x, g_f,
-                 dots, products, self.tokens)  # fmt: skip
+        workers = self.count(spec, "workers")
+        products = self.empty(workers, self.n, spec.tile.tokens, spec.tile.width, dtype=self.dtype)
+        compiled = self.run(
+            spec, x, f, post, res, g_y, pre, g_h, *_by_channel(phi), *dh, scale, g_x, g_f,
+            dots, products, self.tokens, programs=workers,
+        )  # fmt: skip
+        if compiled is not None:
+            learn_residents(spec, compiled)
         return g_x, g_f, dots.sum(0)
 
     def read_backward(

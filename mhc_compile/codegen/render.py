@@ -24,6 +24,7 @@ def render(spec: KernelSpec) -> str:
     plan = sinkhorn_plan(spec)
     flat = "_flat" if spec.tile.flat else ""
     template = _environment().get_template(f"{spec.op}{flat}.py.jinja")
+    levels = (spec.streams * (spec.streams + 1) - 1).bit_length()
     text = template.render(
         spec=spec, n=spec.streams, C=spec.channels, K=spec.maps, KP=spec.columns,
         BT=spec.tile.tokens, BC=spec.tile.width, PARTS=spec.tile.parts, SPAN=spec.span,
@@ -33,6 +34,7 @@ def render(spec: KernelSpec) -> str:
         precision="ieee" if spec.target == "hip" and spec.products == "tf32x3" else spec.products,
         streams=range(spec.streams), rule=spec.rule, plan=plan,
         log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
-        PIECES=spec.pieces, NP=1 << (spec.streams - 1).bit_length(),
+        LEVELS=levels, DOTS=1 << levels, PIECES=spec.pieces,
+        NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip
     return re.sub(r"\n(?:[ ]*\n)+(?=    )", "\n", text).rstrip() + "\n"  # macros leave empty lines

@@ -7,6 +7,9 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from mhc_compile.codegen.render import render
 from mhc_compile.codegen.spec import KernelSpec
@@ -15,8 +18,7 @@ from mhc_compile.errors import MHCError
 Dims = tuple[int | str, ...]
 _GROUP_TOKENS = 512  # fewest tokens of a group of "phi_backward"
 _GROUPS = 8
-_PROGRAMS = 1024
-_WORKERS = 264  # 2 for each multiprocessor of an H100, as many as run there at a time
+_residents: dict[KernelSpec, int] = {}  # see `learn_residents`
 
 
 @dataclass(frozen=True)
@@ -158,14 +160,40 @@ def counts(spec: KernelSpec, tokens: int) -> dict[str, int]:
     tiles and keeps something in the caches for each.
     """
     tiles = math.ceil(tokens / spec.tile.tokens)
+    residents = _residents.get(spec, 2) if spec.op == "seam_backward" else 2
     return {
         "tokens": tokens,
         "tiles": tiles,
-        "programs": min(tokens, _PROGRAMS),
+        "programs": min(tokens, 2 * multiprocessors()),
         "groups": max(1, min(_GROUPS, math.ceil(tokens / _GROUP_TOKENS))),
-        "workers": min(tiles * spec.tile.parts, _WORKERS),
+        "workers": min(tiles * spec.tile.parts, residents * multiprocessors()),
         "launch": 1,
     }
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Those of the GPU; an H100's where there is none."""
+    if not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties(0).multi_processor_count)
+
+
+def learn_residents(spec: KernelSpec, compiled: Any) -> None:
+    """Notes how many programs of a kernel a multiprocessor has at a time, for its next launches.
+
+    Of NVIDIA's GPUs, from the registers and the shared memory of what a launch returned; 2 before.
+    """
+    if spec in _residents or spec.target != "cuda" or not torch.cuda.is_available():
+        return
+    gpu, warps = torch.cuda.get_device_properties(0), spec.tile.warps
+    warp = math.ceil(32 * compiled.n_regs / 256) * 256  # they are handed out by 256
+    fit = (
+        2**16 // (warp * warps),
+        gpu.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
+        gpu.max_threads_per_multi_processor // (32 * warps),
+    )
+    _residents[spec] = max(1, min(fit))
 
 
 def group_tokens(spec: KernelSpec, tokens: int) -> int:

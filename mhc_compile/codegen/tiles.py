@@ -57,7 +57,8 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "pre_backward":
         return Tile(1, _width(1024, c))
     if spec.op == "seam_backward":
-        return strips(32 if full else 64, 256, 8 if odd or full else 4, 2, 128)
+        tokens, inner = 16 if spec.streams == 3 else 32, 128 if spec.streams > 2 else 64
+        return strips(tokens, 128, 8 if odd or full else 4, 2, inner)
     if spec.op == "read_backward":
         warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
@@ -115,11 +116,17 @@ def _project(spec: KernelSpec) -> Tile:
 
 
 def _norm(spec: KernelSpec) -> Tile:
-    """Whole rows; the backward also keeps sums for the gradients of weight and shift."""
+    """Whole rows; the backward also keeps sums for the gradients of weight and shift.
+
+    It fetches the next two rows ahead where they fit into shared memory and loads are of 16 bytes.
+    """
     if spec.op == "pre":
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
     elements = 512 if spec.streams > 4 else 1024  # of a row in each warp
-    return Tile(1, spec.row, 1, max(4, min(32, spec.row // elements)))
+    warps = max(4, min(32, spec.row // elements))
+    held = (spec.streams + 1) * spec.row <= 5 * 4096 and spec.channels % 8 == 0
+    ahead = held and spec.dtype != "fp32" and spec.target != "hip"
+    return Tile(1, spec.row, 1, warps, 3 if ahead else 1)
 
 
 def tile_fault(spec: KernelSpec) -> str:
@@ -128,8 +135,10 @@ def tile_fault(spec: KernelSpec) -> str:
     sizes = (tile.tokens, tile.width, tile.warps, tile.inner, tile.gated)
     if any(size < 1 or size & (size - 1) for size in sizes):
         return "tokens, width, warps, inner and gated must be powers of two"
-    if tile.warps > 32 or not 1 <= tile.stages <= 8 or tile.parts < 1 or tile.shares < 1:
-        return "it takes up to 32 warps, 1 to 8 stages, and at least 1 part and share"
+    if tile.warps > 32 or not 1 <= tile.stages <= 8:
+        return "it takes up to 32 warps and 1 to 8 stages"
+    if min(tile.parts, tile.shares) < 1:
+        return "it takes at least 1 part and share"
     if tile.tokens * tile.width > 2**20:
         return "a tile has at most 2**20 elements"
     if tile.flat and not flat_tile(spec):

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from mhc_compile.codegen.cache import load
-from mhc_compile.codegen.signature import Argument, arguments, counts, grid, group_tokens
+from mhc_compile.codegen.signature import (
+    Argument,
+    arguments,
+    counts,
+    grid,
+    group_tokens,
+    learn_residents,
+)
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.codegen.tile_table import Entry
 from mhc_compile.codegen.tiles import even_parts, flat_tile, tile_fault
@@ -31,7 +38,7 @@ _FIELDS = {
     "pre": ("tokens", "width", "warps"),
     "read": ("warps",),
     "seam_once": ("width", "warps"),
-    "pre_backward": ("tokens", "width", "warps"),
+    "pre_backward": ("tokens", "width", "warps", "stages"),
     "gates_backward": ("tokens",),
     "seam_backward": ("tokens", "width", "warps", "stages", "inner"),
     "read_backward": ("tokens", "width", "parts", "warps", "stages"),
@@ -231,6 +238,11 @@ def _try(
         outputs = launches.outputs(spec)
         call = launches.call(spec, outputs)
         compiled = call()
+        if spec.op == "seam_backward":  # then it has other launches
+            learn_residents(spec, compiled)
+            outputs = launches.outputs(spec)
+            call = launches.call(spec, outputs)
+            call()
         spills = getattr(compiled, "n_spills", 0)
         if spills and right is not None:
             return Trial(spec.tile, None, f"spills {spills}"), {}

@@ -1,7 +1,12 @@
 """Tiles of every size: they cover all channels and tokens, and their kernels render."""
 
-import pytest
+from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from mhc_compile.codegen import signature
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.render import render
 from mhc_compile.codegen.signature import counts, grid, group_tokens, parameters
@@ -84,10 +89,32 @@ def test_measured_tiles():
         "project_mix": (16, 64, 8, 2, 2, 64),
         "pre": (4, 512, 8, 4, 1, 64),
         "pre_backward": (1, 1024, 1, 4, 1, 64),
-        "seam_backward": (64, 256, 16, 4, 2, 128),
+        "seam_backward": (32, 128, 32, 4, 2, 128),
         "read_backward": (16, 32, 32, 1, 2, 64),
         "mix_backward": (4, 256, 16, 4, 1, 64),
         "mix": (4, 512, 8, 4, 1, 64),
         "phi_backward": (32, 128, 1, 4, 3, 64),
     }
     assert measured.items() <= tiles.items()
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "fit"),
+    [(168, 22, 4, 3), (169, 22, 4, 2), (255, 22, 4, 2), (72, 22, 4, 7), (72, 120, 4, 1),
+     (255, 200, 16, 1), (32, 0, 8, 8)],
+)  # fmt: skip
+def test_programs_that_fit_a_multiprocessor(registers, shared, warps, fit, monkeypatch):
+    gpu = SimpleNamespace(
+        shared_memory_per_multiprocessor=228 * 1024, max_threads_per_multi_processor=2048,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(signature, "_residents", {})
+    monkeypatch.setattr(signature, "multiprocessors", lambda: 10)
+    spec = next(spec for spec in kernel_set(4, 4096) if spec.op == "seam_backward")
+    spec = replace(spec, tile=replace(spec.tile, warps=warps))
+    compiled = SimpleNamespace(n_regs=registers, metadata=SimpleNamespace(shared=shared * 1024))
+    assert signature.grid(spec, 8192) == (20,)
+    signature.learn_residents(spec, compiled)
+    assert signature.grid(spec, 8192) == (10 * fit,)
+    assert signature.grid(spec, 1) == (min(10 * fit, spec.tile.parts),)
