@@ -122,10 +122,10 @@ def _norm(spec: KernelSpec) -> Tile:
     """
     if spec.op == "pre":
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
-    elements = 512 if spec.streams > 4 else 1024  # of a row in each warp
+    fit = (spec.streams + 1) * spec.row <= 5 * 4096 and spec.channels % 8 == 0
+    ahead = fit and spec.dtype != "fp32" and spec.target != "hip"
+    elements = 512 if spec.streams > (2 if ahead else 4) else 1024  # of a row in each warp
     warps = max(4, min(32, spec.row // elements))
-    held = (spec.streams + 1) * spec.row <= 5 * 4096 and spec.channels % 8 == 0
-    ahead = held and spec.dtype != "fp32" and spec.target != "hip"
     return Tile(1, spec.row, 1, warps, 3 if ahead else 1)
 
 

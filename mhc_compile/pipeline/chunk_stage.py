@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ class ChunkStage(PipelineStage):
     What a chunk receives gets its memory when the receive is posted and loses it after the
     backward, so that a rank holds as many as its plan has in flight. Messages to higher ranks and
     to lower ones have a communicator each: within one, both sides post in the order of
-    `OverlapPlan.messages`, so that one that works in order cannot deadlock.
+    `OverlapPlan.messages`, so that one that works in order cannot deadlock. Receives are posted
+    here, one by one as sends are: torch 2.11's runtime would batch them, and NCCL has another
+    communicator for batches, in which no single send arrives.
+
+    Attributes:
+        receiving: receives that were posted, by "F" or "B" and chunk.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class ChunkStage(PipelineStage):
         self._upwards, self._downwards = upwards, downwards
         self._weights: dict[int, WeightWork] = {}
         self._put_off: dict[int, Tensor | None] = {}
+        self.receiving: dict[tuple[str, int], list[Any]] = {}
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Gives the module those of the model's inputs that it reads."""
@@ -83,24 +89,45 @@ class ChunkStage(PipelineStage):
         else:
             self._weights.pop(bwd_chunk_id).run()
 
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """A chunk's results on their way to the next stage."""
-        return [self._directed(op) for op in super().get_fwd_send_ops(fwd_chunk_id)]
+    def send_result(self, chunk: int) -> list[Any]:
+        """Posts a chunk's results on their way to the next stage."""
+        results, _ = self.fwd_cache[chunk]
+        return [self._send(value, self.stage_index + 1) for value in results]
 
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """The gradients of what a chunk got, on their way to the stage before."""
-        return [self._directed(op) for op in super().get_bwd_send_ops(bwd_chunk_id)]
+    def send_gradients(self, chunk: int) -> list[Any]:
+        """Posts the gradients of what a chunk got; one that is missing is zero."""
+        # torch 2.11 also keeps the gradients of the inputs that the model reads.
+        gradients = self.bwd_cache.pop(chunk)[: len(self._received)]
+        pairs = zip(gradients, self._received, strict=True)
+        return [
+            self._send(spec.empty(self.device).zero_() if value is None else value,
+                       self.stage_index - 1)
+            for value, spec in pairs if spec.requires_grad
+        ]  # fmt: skip
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """What a chunk gets of the stage before."""
-        for info, spec in zip(self.args_recv_info[fwd_chunk_id], self._received, strict=True):
-            info.buffer = spec.empty(self.device).detach()
-        return [self._directed(op) for op in super().get_fwd_recv_ops(fwd_chunk_id)]
+        """Posts the receives of what a chunk gets of the stage before; leaves none to torch."""
+        buffers = [spec.empty(self.device).detach() for spec in self._received]
+        self._receive("F", fwd_chunk_id, buffers, self.stage_index - 1)
+        infos = self.args_recv_info[fwd_chunk_id]
+        for info, spec, buffer in zip(infos, self._received, buffers, strict=True):
+            info.buffer = buffer.requires_grad_(spec.requires_grad)
+        return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """What a chunk's backward gets of the next stage."""
+        """The same of what a chunk's backward gets of the next stage."""
         self._make_room(bwd_chunk_id)
-        return [self._directed(op) for op in super().get_bwd_recv_ops(bwd_chunk_id)]
+        buffers = [info.buffer for info in self.grad_recv_info[bwd_chunk_id]]
+        self._receive("B", bwd_chunk_id, buffers, self.stage_index + 1)
+        return []
+
+    def clear_runtime_states(self) -> None:
+        """Forgets what a step that failed left behind."""
+        kept = (self.fwd_cache, self.bwd_cache, self.output_chunks, self.receiving)
+        for state in (*kept, self._weights, self._put_off):
+            state.clear()  # type: ignore[attr-defined]
+        for chunk in self.args_recv_info:
+            self._release(chunk)
 
     def set_local_bwd_input(
         self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int
@@ -122,15 +149,15 @@ class ChunkStage(PipelineStage):
         for info in (*self.args_recv_info[chunk], *self.grad_recv_info.get(chunk, ())):
             info.buffer = None
 
-    def _setup_forward_recv_info(self, *args: Any, **kwargs: Any) -> None:
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         """Without memory: torch would make room for all microbatches at once."""
         with self._on_meta():
-            super()._setup_forward_recv_info(*args, **kwargs)
+            return super()._prepare_forward_infra(*args, **kwargs)
 
-    def _setup_backward_recv_info(self, *args: Any, **kwargs: Any) -> None:
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
         """The same for gradients."""
         with self._on_meta():
-            super()._setup_backward_recv_info(*args, **kwargs)
+            return super()._prepare_backward_infra(*args, **kwargs)
 
     @contextlib.contextmanager
     def _on_meta(self) -> Iterator[None]:
@@ -138,12 +165,18 @@ class ChunkStage(PipelineStage):
         yield
         self.device = device
 
-    def _directed(self, op: dist.P2POp) -> dist.P2POp:
-        """The same message on the communicator of its direction, in one piece of memory."""
-        sends = op.op is dist.isend
-        group = self._upwards if sends == (op.group_peer > self.group_rank) else self._downwards
-        tensor = op.tensor.contiguous() if sends else op.tensor
-        return dist.P2POp(op.op, tensor, group=group, group_peer=op.group_peer)
+    def _send(self, value: Tensor, stage: int) -> Any:
+        peer = self.stage_index_to_group_rank[stage]
+        group = self._upwards if peer > self.group_rank else self._downwards
+        return dist.isend(value.contiguous(), group=group, group_dst=peer)
+
+    def _receive(self, kind: str, chunk: int, buffers: Sequence[Tensor | None], stage: int) -> None:
+        peer = self.stage_index_to_group_rank[stage]
+        group = self._downwards if peer > self.group_rank else self._upwards
+        self.receiving[kind, chunk] = [
+            dist.irecv(buffer, group=group, group_src=peer)
+            for buffer in buffers if buffer is not None
+        ]  # fmt: skip
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         """Nothing: `PlanRunner` connects the ranks, and gloo cannot send to itself."""

@@ -178,8 +178,8 @@ class PlanRunner:
 
     def _forward(self, stage: ChunkStage, chunk: int, kind: str, context: Any) -> None:
         number = stage.stage_index
-        self._wait(f"the input of {number}F{chunk}",
-                   self._runtime.fwd_recv_ops.pop((number, chunk), []))  # fmt: skip
+        self._runtime.fwd_recv_ops.pop((number, chunk), None)
+        self._wait(f"the input of {number}F{chunk}", stage.receiving.pop(("F", chunk), []))
         self._use(stage, chunk)
         with self._compute(f"{number}F{chunk}"):
             values = stage.forward_one_chunk(
@@ -192,12 +192,13 @@ class PlanRunner:
             self._hand_over(number, number + 1)
             self._stages[number + 1].set_local_fwd_input(values, chunk)
         elif not stage.is_last:
-            self._send(f"the result of {number}F{chunk}", stage.get_fwd_send_ops(chunk))
+            self._send(f"the result of {number}F{chunk}", stage.send_result, chunk)
 
     def _backward(self, stage: ChunkStage, chunk: int, kind: str, context: Any) -> None:
         number = stage.stage_index
+        self._runtime.bwd_recv_ops.pop((number, chunk), None)
         self._wait(f"the gradient for {number}{kind}{chunk}",
-                   self._runtime.bwd_recv_ops.pop((number, chunk), []))  # fmt: skip
+                   stage.receiving.pop(("B", chunk), []))  # fmt: skip
         self._use(stage, chunk)
         loss = self._losses.get(chunk) if stage.is_last else None
         with self._compute(f"{number}{kind}{chunk}"):
@@ -209,8 +210,7 @@ class PlanRunner:
             before = self._stages[number - 1]
             before.set_local_bwd_input(stage.get_local_bwd_output(chunk), chunk)
         elif not stage.is_first:
-            self._send(f"the input gradient of {number}{kind}{chunk}",
-                       stage.get_bwd_send_ops(chunk))  # fmt: skip
+            self._send(f"the input gradient of {number}{kind}{chunk}", stage.send_gradients, chunk)
 
     def _weights(self, stage: ChunkStage, chunk: int, kind: str, context: Any) -> None:
         with self._compute(f"{stage.stage_index}W{chunk}"):
@@ -218,13 +218,11 @@ class PlanRunner:
 
     # --- messages, streams, failures ------------------------------------------------------
 
-    def _send(self, what: str, ops: list[Any]) -> None:
+    def _send(self, what: str, post: Callable[[int], list[Any]], chunk: int) -> None:
         """Posts messages; those that are through are forgotten, with the memory they hold."""
         self._sends = [(name, work) for name, work in self._sends if not work.is_completed()]
-        for op in ops:
-            with _naming(f"sending {what}"):
-                work = dist.isend(op.tensor, group=op.group, group_dst=op.group_peer)
-            self._sends.append((what, work))
+        with _naming(f"sending {what}"):
+            self._sends += [(what, work) for work in post(chunk)]
 
     def _wait(self, what: str, works: list[Any]) -> None:
         for work in works:

@@ -118,9 +118,9 @@ def order_of_events(variant, microbatches):
             yield
         events.append(f"end {action}")
 
-    def sent(what, ops):
+    def sent(what, post, chunk):
         events.append(f"send {what}")
-        send(what, ops)
+        send(what, post, chunk)
 
     runner._compute, runner._send = noted, sent
     runner.step(batch, target)
