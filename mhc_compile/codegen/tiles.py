@@ -118,15 +118,17 @@ def _project(spec: KernelSpec) -> Tile:
 def _norm(spec: KernelSpec) -> Tile:
     """Whole rows; the backward also keeps sums for the gradients of weight and shift.
 
-    It fetches the next two rows ahead where they fit into shared memory and loads are of 16 bytes.
+    It fetches the next rows ahead where they fit into shared memory and loads are of 16 bytes.
     """
     if spec.op == "pre":
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
-    fit = (spec.streams + 1) * spec.row <= 5 * 4096 and spec.channels % 8 == 0
+    size = (spec.streams + 1) * spec.row
+    fit = size <= 5 * 4096 and spec.channels % 8 == 0
     ahead = fit and spec.dtype != "fp32" and spec.target != "hip"
     elements = 512 if spec.streams > (2 if ahead else 4) else 1024  # of a row in each warp
     warps = max(4, min(32, spec.row // elements))
-    return Tile(1, spec.row, 1, warps, 3 if ahead else 1)
+    # Of the longest rows one program fits into the registers, and takes what shared memory it likes.
+    return Tile(1, spec.row, 1, warps, 1 if not ahead else 3 if size <= 4 * 4096 else 4)
 
 
 def tile_fault(spec: KernelSpec) -> str:
