@@ -19,7 +19,7 @@ from typing import Any
 from tabulate import tabulate
 
 BEGIN, END = "<!-- measurements: begin -->", "<!-- measurements: end -->"
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
 Found = dict[str, Any]
 
 
