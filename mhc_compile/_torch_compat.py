@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -203,14 +203,45 @@ def compile_with_inductor(gm: Any, inputs: Any, settings: dict[str, Any]) -> Any
     return compile_fx(gm, inputs, config_patches=settings)
 
 
-def aot_module(gm: Any, inputs: Any, before_partition: Any, change: Any) -> Any:
-    """Runs AOTAutograd on a graph; forward and backward run call by call.
+def boxed(graph_module: Any) -> Any:
+    """A function that runs a graph call by call; a tensor it is given is freed after its last use.
 
-    `before_partition` changes the joint graph, `change` the forward and the backward graph.
+    It takes its arguments as one list, which it empties.
+    """
+    from torch.fx.graph import _BoxedCodeGen
+
+    graph_module.graph.set_codegen(_BoxedCodeGen())
+    graph_module.recompile()
+
+    def call(args: Any) -> Any:
+        return graph_module.forward(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def compile_piece(graph_module: Any, settings: dict[str, Any]) -> Any:
+    """Inductor's function for a part of a forward or backward graph; its first call compiles."""
+    _ = graph_module.code  # else it is written late, under Dynamo, which refuses such modules
+
+    def piece(*args: Any) -> Any:
+        return graph_module(*args)
+
+    # With code of its own, for Dynamo counts the recompilations of a code object.
+    own = FunctionType(piece.__code__.replace(), globals(), closure=piece.__closure__)
+    return torch.no_grad()(torch.compile(own, fullgraph=True, options=settings or None))
+
+
+def aot_module(
+    gm: Any, inputs: Any, before_partition: Any, change: Any, finish: Any = boxed
+) -> Any:
+    """Runs AOTAutograd on a graph.
+
+    `before_partition` changes the joint graph, `change` the forward and the backward graph, and
+    `finish` makes functions of these.
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch.fx.graph import _BoxedCodeGen
 
     def partition(joint: Any, *args: Any, **kwargs: Any) -> Any:
         before_partition(joint.graph)
@@ -219,15 +250,7 @@ def aot_module(gm: Any, inputs: Any, before_partition: Any, change: Any) -> Any:
 
     def run(graph_module: Any, _: Any) -> Any:
         change(graph_module.graph)
-        # Boxed, so that a saved tensor is freed after its last use.
-        graph_module.graph.set_codegen(_BoxedCodeGen())
-        graph_module.recompile()
-
-        def call(args: Any) -> Any:
-            return graph_module.forward(args)
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
+        return finish(graph_module)
 
     return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition)(gm, inputs)
 

@@ -76,7 +76,7 @@ class Report:
         """The tables: title, headers and rows."""
         graphs = [
             [k, g.device, g.options.lower, g.kernels, sum(g.operators.values()), g.count("seam"),
-             _rebuilt(g),
+             _rebuilt(g), _pieces(g),
              f"{1e3 * sum(g.seconds.values()):.1f}", "; ".join(g.notes)]
             for k, g in enumerate(self.graphs)
         ]  # fmt: skip
@@ -84,7 +84,7 @@ class Report:
             ("Residuals rewritten", ["site", "stream", "channels", "source"],
              [[s.name, s.stream, s.channels, s.source] for s in self.sites]),
             ('Graphs compiled by backend="mhc"', ["graph", "device", "lower", "operators run by",
-             "operators", "seams", "sublayers rebuilt", "passes ms", "notes"], graphs),
+             "operators", "seams", "sublayers rebuilt", "pieces", "passes ms", "notes"], graphs),
             ("Fused", ["graph", "site", "fusion", "run by"],
              [[k.graph, k.site, k.fusion, k.runs] for k in self.kernels if k.fused]),
             ("Not fused", ["graph", "site", "fusion", "reason"],
@@ -114,6 +114,7 @@ class Report:
         graphs = [
             {"options": _plain(asdict(g.options)), "device": g.device, "kernels": g.kernels,
              "operators": g.operators, "blocks": g.blocks, "rebuilt": g.rebuilt,
+             "pieces": {name: list(map(asdict, found)) for name, found in g.pieces.items()},
              "seconds": g.seconds, "notes": g.notes}
             for g in self.graphs
         ]  # fmt: skip
@@ -195,6 +196,14 @@ def _rebuilt(graph: GraphRecord) -> str:
         return "not seen: no backward yet, or one from Inductor's cache"
     layers = sum(map(sum, graph.blocks))
     return f"{graph.rebuilt} of {layers}, blocks {', '.join(map(str, graph.blocks))}"
+
+
+def _pieces(graph: GraphRecord) -> str:
+    """Of how many pieces the forward and the backward are made, and how many are not compute."""
+    return ", ".join(
+        f"{name} {len(found)} ({sum(p.server != 'compute' for p in found)} apart)"
+        for name, found in graph.pieces.items()
+    )
 
 
 def _uses(graphs: tuple[GraphRecord, ...]) -> tuple[KernelUse, ...]:

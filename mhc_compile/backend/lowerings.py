@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule
 
 from mhc_compile._torch_compat import (
     aot_module,
+    compile_piece,
     compile_with_inductor,
     inductor_setting,
 )
@@ -19,6 +20,8 @@ from mhc_compile.backend.lower_operators import LowerOperators, lower_operators
 from mhc_compile.backend.options import Options
 from mhc_compile.backend.recompute import Recompute
 from mhc_compile.backend.records import GraphRecord
+from mhc_compile.backend.run_pieces import run_in_pieces
+from mhc_compile.backend.tag_ops import tag_ops
 from mhc_compile.codegen.spec import MAX_STREAMS
 from mhc_compile.errors import MHCError
 
@@ -54,7 +57,9 @@ def compile_with(
     if options.lower == "eager":
         return gm.forward
     written_out = bool(record.operators) and record.kernels == "formulas"
-    if options.lower == "aot_eager":
+    if options.overlap:
+        tag_ops(gm.graph)
+    if options.lower == "aot_eager" or options.overlap:
         recompute = Recompute(options, record)
 
         def change(graph: Graph) -> None:
@@ -62,7 +67,17 @@ def compile_with(
             if written_out:
                 lower_operators(graph)
 
-        return aot_module(gm, inputs, recompute, change)
+        if not options.overlap:
+            return aot_module(gm, inputs, recompute, change)
+
+        def lower(body: GraphModule) -> Callable[..., Any]:
+            if options.lower == "aot_eager":
+                return body
+            return compile_piece(body, options.inductor_config())
+
+        return aot_module(
+            gm, inputs, recompute, change, lambda part: run_in_pieces(part, lower, record.pieces)
+        )
     config = options.inductor_config()
     if record.operators:
         joint, after = "joint_custom_post_pass", "post_grad_custom_pre_pass"

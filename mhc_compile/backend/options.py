@@ -28,6 +28,8 @@ class Options:
             can be recomputed.
         memory_budget: bytes a rank, for "budget" alone.
         fuse: whether operators are fused.
+        overlap: whether the forward is cut where the overlap plan changes servers, and its pieces
+            run on streams of their own; compiled one by one.
         lower: what runs the graph: "inductor", "aot_eager" or "eager".
         kernels: "auto" runs generated Triton kernels where there are any and lets Inductor
             generate the steps elsewhere; "triton" insists on the former, "reference" on the latter.
@@ -40,6 +42,7 @@ class Options:
     recompute: Recompute | None = None
     memory_budget: int | None = None
     fuse: bool = True
+    overlap: bool = False
     lower: str = "inductor"
     kernels: str = "auto"
     tune: str | None = None
@@ -82,8 +85,15 @@ def _check(options: Options) -> None:
     check_choice("the option mode", options.mode, _MODES)
     if options.tune is not None:
         check_choice("the option tune", options.tune, TUNING)
-    if not isinstance(options.fuse, bool):
-        raise ConfigError(f"the option fuse must be True or False, got {options.fuse!r}")
+    for name in ("fuse", "overlap"):
+        value = getattr(options, name)
+        if not isinstance(value, bool):
+            raise ConfigError(f"the option {name} must be True or False, got {value!r}")
+    if options.overlap and (options.lower == "eager" or options.mode == "reduce-overhead"):
+        raise ConfigError(
+            "overlap=True needs lower='inductor' or 'aot_eager' and no CUDA graphs, got "
+            f"lower={options.lower!r}, mode={options.mode!r}"
+        )
     if not isinstance(options.inductor, Mapping):
         raise ConfigError(
             f"the option inductor must be a dict of Inductor's settings, got {options.inductor!r}"

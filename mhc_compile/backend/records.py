@@ -35,6 +35,21 @@ class NotFused:
 
 
 @dataclass
+class Piece:
+    """Neighbouring calls of a graph on one server of the overlap plan.
+
+    Attributes:
+        server: "compute", which is the stream of the caller, "hp" or "a2a".
+        ops: the tags of its calls, each once, in order.
+        after: numbers of the pieces whose results it reads.
+    """
+
+    server: str
+    ops: tuple[str, ...]
+    after: tuple[int, ...] = ()
+
+
+@dataclass
 class GraphRecord:
     """One captured graph.
 
@@ -51,6 +66,7 @@ class GraphRecord:
             backward was compiled, and where it came from Inductor's cache.
         static_peak: the most bytes of activations and gradients that the forward and the backward
             graph hold at one time, by the sizes and lifetimes of their tensors; None as `rebuilt`.
+        pieces: of the forward and the backward graph, with overlap=True.
         seconds: what each pass took.
         notes: anything else that a user should know.
     """
@@ -64,6 +80,7 @@ class GraphRecord:
     choices: list[Choice] = field(default_factory=list)
     rebuilt: int | None = None
     static_peak: int | None = None
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     parameters: list[weakref.ref[torch.Tensor]] = field(default_factory=list, repr=False)

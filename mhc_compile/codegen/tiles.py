@@ -127,7 +127,7 @@ def _norm(spec: KernelSpec) -> Tile:
     ahead = fit and spec.dtype != "fp32" and spec.target != "hip"
     elements = 512 if spec.streams > (2 if ahead else 4) else 1024  # of a row in each warp
     warps = max(4, min(32, spec.row // elements))
-    # Of the longest rows one program fits into the registers, and takes what shared memory it likes.
+    # Of the longest rows registers hold one program, which may have all of the shared memory.
     return Tile(1, spec.row, 1, warps, 1 if not ahead else 3 if size <= 4 * 4096 else 4)
 
 

@@ -119,3 +119,19 @@ def test_runs_repeat_bit_by_bit():
     call = torch.compile(model, backend=mhc, fullgraph=True)
     first, second = results(model, call, x), results(model, call, x)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+def test_overlap(lower):
+    """F_post,res of MLPs runs on a stream of high priority; results and their memory stay right."""
+    model, x = build(torch.bfloat16, blocks=3)
+    torch.compiler.reset()
+    call = torch.compile(model, backend="mhc", options={"overlap": True, "lower": lower})
+    compare(call, model, x, torch.bfloat16)
+    servers = [piece.server for piece in last_record().pieces["forward"]]
+    assert servers.count("hp") >= 3
+    whole = torch.compile(copy.deepcopy(model), backend="mhc", options={"lower": "aot_eager"})
+    for _ in range(20):  # what a stream frees too early another one overwrites
+        noise = [torch.randn_like(x) for _ in range(8)]
+        torch.testing.assert_close(call(x), whole(x), rtol=2e-2, atol=2e-2)
+        del noise

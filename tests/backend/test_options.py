@@ -10,11 +10,14 @@ from mhc_compile.errors import ConfigError
 
 WRONG = {
     "misspelt": ({"lowre": "eager"}, "did you mean 'lower'"),
-    "unknown": ({"zzz": 1}, "the options are recompute, memory_budget, fuse, lower"),
+    "unknown": ({"zzz": 1}, "the options are recompute, memory_budget, fuse, overlap, lower"),
     "lower": ({"lower": "cuda"}, "lower must be one of 'inductor', 'aot_eager', 'eager'"),
     "kernels": ({"kernels": "cutlass"}, "kernels must be one of 'auto', 'triton', 'reference'"),
     "kernels type": ({"kernels": ["triton"]}, "kernels must be one of"),
     "fuse": ({"fuse": 1}, "fuse must be True or False, got 1"),
+    "overlap": ({"overlap": "yes"}, "overlap must be True or False, got 'yes'"),
+    "overlap in eager": ({"overlap": True, "lower": "eager"}, "needs lower='inductor' or"),
+    "overlap, graphs": ({"overlap": True, "mode": "reduce-overhead"}, "and no CUDA graphs"),
     "recompute": ({"recompute": "papre"}, "recompute must be one of 'off', 'paper'"),
     "block size": ({"recompute": 0}, "a block size of at least 1"),
     "bool": ({"recompute": True}, "a block size of at least 1"),

@@ -35,6 +35,9 @@ TWO = {
     "nanogpt dualpipev compiled": case(
         "nanogpt", "dualpipev", 4, compile={"lower": "aot_eager", "recompute": "paper"}
     ),
+    "nanogpt dualpipev in pieces": case(
+        "nanogpt", "dualpipev", 4, compile={"lower": "aot_eager", "overlap": True}
+    ),
 }
 FOUR = {
     f"nanogpt {variant}": case("nanogpt", variant, m)
@@ -101,6 +104,7 @@ def test_four_ranks(tmp_path):
 def test_compiled_stages(tmp_path):
     cases = {
         "inductor": case("nanogpt", "dualpipev", 4, compile={"recompute": "paper"}),
+        "in pieces": case("nanogpt", "dualpipev", 4, compile={"overlap": True}),
         "llama zb1p": case("llama", "zb1p", 2, compile={"lower": "aot_eager"}),
         "checkpoints": case("nanogpt", "zb1p", 2, recompute=True, compile={"lower": "aot_eager"}),
     }
