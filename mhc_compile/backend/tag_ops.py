@@ -8,7 +8,8 @@ from mhc_compile.backend.graph_nodes import call_name, mhc_op
 
 OP, SERVER = "mhc_op", "mhc_server"
 """Keys in `node.meta["custom"]`, which AOTAutograd copies to forward and backward calls."""
-_ATTENTION = ("attention", "softmax", "attn")
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+_PASSING = ("to", "type", "type_as", "float", "dropout", "nan_to_num", "contiguous", "view")
 _READS, _MERGES = ("read", "coefficients", "pre"), ("post_res", "collapse")
 
 
@@ -53,7 +54,20 @@ def tag_ops(graph: Graph) -> None:
 
 
 def _attends(node: Node) -> bool:
-    return any(word in call_name(node) for word in _ATTENTION)
+    """Whether a call is an attention, or a softmax, no router's, whose weights enter a product."""
+    name = call_name(node)
+    if "softmax" not in name:
+        return "attention" in name
+    weights, seen = [node], set()
+    while weights:
+        for user in weights.pop().users:
+            name = call_name(user)
+            if name in _PRODUCTS:
+                return True
+            if name in _PASSING and user not in seen:
+                seen.add(user)
+                weights.append(user)
+    return False
 
 
 def _tag(node: Node, op: str, server: str = "compute") -> None:

@@ -184,10 +184,11 @@ def learn_residents(spec: KernelSpec, compiled: Any) -> None:
 
     Of NVIDIA's GPUs, from the registers and the shared memory of what a launch returned; 2 before.
     """
-    if spec in _residents or spec.target != "cuda" or not torch.cuda.is_available():
+    registers = getattr(compiled, "n_regs", None)
+    if spec in _residents or spec.target != "cuda" or not registers:
         return
     gpu, warps = torch.cuda.get_device_properties(0), spec.tile.warps
-    warp = math.ceil(32 * compiled.n_regs / 256) * 256  # they are handed out by 256
+    warp = math.ceil(32 * registers / 256) * 256  # they are handed out by 256
     fit = (
         2**16 // (warp * warps),
         gpu.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),

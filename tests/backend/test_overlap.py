@@ -181,6 +181,36 @@ def test_untagged_calls_go_with_the_call_before():
     assert torch.equal(whole(value), value.sin() + value.sin().cos())
 
 
+@pytest.mark.parametrize(
+    ("finish", "kind"),
+    [(lambda w, v: F.dropout(w.to(v.dtype), 0.1) @ v, "attention"),
+     (lambda w, v: w.topk(2, -1).values.sum(-1, keepdim=True) * v, "mlp"),
+     (lambda w, v: torch.einsum("ij,jk->ik", w, v), "attention")],
+)  # fmt: skip
+def test_a_routers_softmax_is_no_attention(finish, kind):
+    class Layer(nn.Module):
+        def forward(self, x):
+            weights = (x[0] @ x[0].T).softmax(-1)
+            return finish(weights, x[0]).expand_as(x)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.other = Layer(), MLP()
+
+        def forward(self, x):
+            x = x + self.layer(x)
+            return x + self.other(x)
+
+    torch.compiler.reset()
+    model, x = Plain(), torch.randn(2, 6, C)
+    mc.transform(model, streams=2, example_inputs=(x,))
+    call = torch.compile(model, backend="mhc", options={"overlap": True, "lower": "aot_eager"})
+    call(x)
+    tags = {op for _, ops in pieces("forward") for op in ops}
+    assert f"0.{kind}" in tags and "1.mlp" in tags
+
+
 def test_tags_of_others_stay():
     graph = torch.fx.Graph()
     call = graph.call_function(torch.sin, (graph.placeholder("x"),))

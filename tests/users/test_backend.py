@@ -57,6 +57,21 @@ def test_aot(name):
     check(name, "aot_eager", True)
 
 
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "t5" else pytest.mark.long)
+                                  for n in SEAMS])  # fmt: skip
+def test_in_pieces(name):
+    """Cut where the overlap plan changes servers, gradients have the same bits."""
+    model, inputs = transformed(name)
+    model.train()
+    options = {"lower": "aot_eager", "recompute": "off"}
+    whole = gradients(compiled(model, **options), inputs)
+    torch.compiler.reset()
+    apart = gradients(compiled(model, overlap=True, **options), inputs)
+    assert whole.keys() == apart.keys()
+    assert all(torch.equal(whole[name], apart[name]) for name in whole)
+    assert any(piece.server == "hp" for piece in last_record().pieces["forward"])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", SEAMS)

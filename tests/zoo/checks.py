@@ -1,6 +1,7 @@
 """The checks of the zoo: what must hold for every architecture, one function a check."""
 
 import copy
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -214,6 +215,30 @@ def check_training(case: Case) -> None:
         assert not still, f"the step moved nothing in {still}"
     finally:
         model.load_state_dict({**case.plain.state_dict(), **before}, strict=True)
+        model.zero_grad()
+        model.eval()
+
+
+def check_recompute(case: Case) -> None:
+    """Streams that the backward of an eager model rebuilds change no bit of a gradient."""
+    model = case.perturb().train()
+
+    def gradients() -> dict[str, torch.Tensor | None]:
+        model.zero_grad()
+        fixed_randomness()
+        projected_loss(case, model, 4).backward()
+        return {k: p.grad for k, p in model.named_parameters()}
+
+    kept = gradients()
+    try:
+        for plan, first in itertools.product((2, "timeline"), (True, False)):
+            if first:  # its step measures for the second
+                mc.set_recompute(model, plan)
+            for name, gradient in gradients().items():
+                same = gradient is kept[name] or torch.equal(gradient, kept[name])
+                assert same, f"{name}: with recompute={plan!r} its gradient differs"
+    finally:
+        mc.set_recompute(model, "off")
         model.zero_grad()
         model.eval()
 

@@ -27,6 +27,7 @@ how exactly, is in [checks.py](../tests/zoo/checks.py):
 | step 0, shapes | after `transform` the results are the plain model's, at the example's and at other batch sizes and lengths |
 | gradients | in training mode at step 0 the gradients of the original parameters are the plain model's |
 | training | with perturbed connections every map of every connection has a gradient, and a step moves it |
+| recompute | with perturbed connections, `mc.set_recompute` of blocks of two sublayers and of "timeline" leaves every bit of the gradients |
 | reference | with perturbed connections: equal to the plain model's own code run eagerly on n streams ([lockstep.py](../tests/zoo/lockstep.py)), which shares nothing with the tracer and the rewriter |
 | generate | `generate()` with its cache gives the plain model's tokens at step 0 |
 | cache | with perturbed connections `generate()` gives the same tokens with the cache as without it |

@@ -42,6 +42,7 @@ def steps(entry: Entry) -> Iterator[tuple[str, checks.Check]]:
     for way in entry.generate:
         yield f"generate {way}", lambda case, way=way: checks.check_generate(case, way)
     yield "training", checks.check_training
+    yield "recompute", checks.check_recompute
     if not entry.no_reference:
         yield "reference", checks.check_reference
     for way in entry.generate:
