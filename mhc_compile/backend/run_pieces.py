@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,8 @@ def cut(gm: GraphModule) -> tuple[GraphModule, list[Piece]]:
         if OP in tags:
             ops[-1][tags[OP]] = None
     whole = split_module(gm, gm, number.__getitem__, keep_original_order=True)  # type: ignore[arg-type]
-    calls = list(whole.graph.find_nodes(op="call_module"))
-    place = {node: int(str(node.target).rsplit("_", 1)[1]) for node in calls}
-    after = {place[node]: tuple(sorted(_producers(node, place))) for node in calls}
+    place = _numbers(whole)
+    after = {k: tuple(sorted(_producers(node, place))) for node, k in place.items()}
     pieces = [
         Piece(server, tuple(names), after.get(k, ()))
         for k, (server, names) in enumerate(zip(servers, ops, strict=True))
@@ -70,20 +69,16 @@ def run_in_pieces(
     """
     whole, pieces = cut(gm)
     found["backward" if any(map(is_tangent, gm.graph.nodes)) else "forward"] = pieces
-    runs = _Runs(pieces)
-    for node in whole.graph.find_nodes(op="call_module"):
-        k = int(str(node.target).rsplit("_", 1)[1])
-        body = whole.get_submodule(str(node.target))
-        setattr(whole, str(node.target), _Call(runs, k, lower(body)))  # type: ignore[arg-type]
-    last = _producers(whole.graph.output_node(), {
-        node: int(str(node.target).rsplit("_", 1)[1])
-        for node in whole.graph.find_nodes(op="call_module")
-    })  # fmt: skip
+    runs, place = _Runs(pieces), _numbers(whole)
+    last = sorted(_producers(whole.graph.output_node(), place))
+    for node, k in place.items():
+        name = str(node.target)
+        setattr(whole, name, _Call(runs, k, lower(whole.get_submodule(name))))  # type: ignore[arg-type]
     call = boxed(whole)
 
     def run(args: list[Any]) -> Any:
         out = call(args)
-        runs.join(sorted(last), out)
+        runs.join(last, out)
         return out
 
     run._boxed_call = True  # type: ignore[attr-defined]
@@ -117,15 +112,16 @@ class _Runs:
         self._done[k] = stream, stream.record_event()
         return out
 
-    def join(self, last: list[int], out: Any) -> None:
+    def join(self, last: Sequence[int], out: Any) -> None:
         """Lets the caller's stream wait for the pieces that made the results."""
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
-                here = torch.cuda.current_stream(tensor.device)
-                self._wait(here, last)
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_cuda]
+        if results:
+            here = torch.cuda.current_stream(results[0].device)
+            self._wait(here, last)
+            for tensor in results:
                 tensor.record_stream(here)
 
-    def _wait(self, stream: torch.cuda.Stream, pieces: tuple[int, ...] | list[int]) -> None:
+    def _wait(self, stream: torch.cuda.Stream, pieces: Sequence[int]) -> None:
         for k in pieces:
             other, event = self._done.get(k, (stream, None))
             if event is not None and other != stream:
@@ -149,6 +145,12 @@ class _Call(nn.Module):
 def _stream(device: torch.device, server: str) -> torch.cuda.Stream:
     """A server's stream, one for the process and device."""
     return torch.cuda.Stream(device, priority=-1 if server == "hp" else 0)
+
+
+def _numbers(whole: GraphModule) -> dict[Node, int]:
+    """The numbers of the pieces by the calls that run them."""
+    calls = whole.graph.find_nodes(op="call_module")
+    return {node: int(str(node.target).rsplit("_", 1)[1]) for node in calls}
 
 
 def _is_view(node: Node) -> bool:
