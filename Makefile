@@ -21,7 +21,7 @@ test-long: $(STAMP)
 test-gpu: JOBS ?= 4
 test-gpu:
 	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || { echo "no CUDA GPU for $(BIN)/python; BIN=DIR names the bin directory of another environment"; exit 2; }
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not aot and not zoo" -k "not test_everything" tests/codegen/test_kernels.py tests/codegen/test_operators_on_gpu.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not aot and not zoo" -k "not test_everything" tests/codegen/test_kernels.py tests/codegen/test_operators_on_gpu.py tests/backend/test_on_gpu.py
 
 # Every generated kernel for every GPU, without one; the table is written also where one is unfit.
 aot: $(STAMP)
