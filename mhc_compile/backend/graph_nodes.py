@@ -97,6 +97,11 @@ def is_tangent(node: Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
 
 
+def has_backward(graph: Graph) -> bool:
+    """Whether a graph is a joint or a backward one."""
+    return any(map(is_tangent, graph.nodes))
+
+
 def joint_ends(joint: Graph) -> tuple[list[Node], list[Any], list[Any]]:
     """A joint graph's inputs, the forward's results, and each input's gradient or None."""
     inputs = [node for node in joint.find_nodes(op="placeholder") if not is_tangent(node)]

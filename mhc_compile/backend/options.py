@@ -28,8 +28,8 @@ class Options:
             can be recomputed.
         memory_budget: bytes a rank, for "budget" alone.
         fuse: whether operators are fused.
-        overlap: whether the forward is cut where the overlap plan changes servers, and its pieces
-            run on streams of their own; compiled one by one.
+        overlap: whether forward and backward are cut where the overlap plan changes servers, and
+            their pieces run on streams of their own; compiled one by one.
         lower: what runs the graph: "inductor", "aot_eager" or "eager".
         kernels: "auto" runs generated Triton kernels where there are any and lets Inductor
             generate the steps elsewhere; "triton" insists on the former, "reference" on the latter.
@@ -89,11 +89,6 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if not isinstance(value, bool):
             raise ConfigError(f"the option {name} must be True or False, got {value!r}")
-    if options.overlap and (options.lower == "eager" or options.mode == "reduce-overhead"):
-        raise ConfigError(
-            "overlap=True needs lower='inductor' or 'aot_eager' and no CUDA graphs, got "
-            f"lower={options.lower!r}, mode={options.mode!r}"
-        )
     if not isinstance(options.inductor, Mapping):
         raise ConfigError(
             f"the option inductor must be a dict of Inductor's settings, got {options.inductor!r}"
@@ -102,3 +97,9 @@ def _check(options: Options) -> None:
         names = inductor_option_names()
         if name not in names:
             raise ConfigError(f"Inductor has no setting {name!r}{nearest(name, names)}")
+    graphs = options.inductor_config().get("triton.cudagraphs")
+    if options.overlap and (options.lower == "eager" or graphs):
+        raise ConfigError(
+            "overlap=True needs lower='inductor' or 'aot_eager' and no CUDA graphs, got "
+            f"lower={options.lower!r}, mode={options.mode!r}, inductor={options.inductor!r}"
+        )

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from mhc_compile._torch_compat import OpOverload, partitioned_forward
 from mhc_compile.backend.chained_pass import ChainedPass, hash_of_sources
-from mhc_compile.backend.graph_nodes import is_tangent, joint_ends
+from mhc_compile.backend.graph_nodes import has_backward, joint_ends
 from mhc_compile.backend.measure_sublayers import (
     Chain,
     find_chains,
@@ -49,7 +49,7 @@ class Recompute(ChainedPass):
             return
         start = time.perf_counter()
         self.products = _count_products(graph)
-        if any(map(is_tangent, graph.nodes)) and (chains := find_chains(graph)):
+        if has_backward(graph) and (chains := find_chains(graph)):
             self._plan(graph, chains)
         self.record.seconds["recompute_streams"] = time.perf_counter() - start
 
@@ -78,7 +78,7 @@ class Recompute(ChainedPass):
         )
         if self.products is not None:
             self.products -= _count_products(graph)
-        if not any(map(is_tangent, graph.nodes)):
+        if not has_backward(graph):
             self._predict(graph)
             return
         self.record.rebuilt = (self.record.rebuilt or 0) + rebuilt

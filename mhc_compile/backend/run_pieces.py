@@ -13,7 +13,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils._pytree import tree_leaves
 
 from mhc_compile._torch_compat import boxed, is_view_call
-from mhc_compile.backend.graph_nodes import call_name, is_tangent
+from mhc_compile.backend.graph_nodes import call_name, has_backward
 from mhc_compile.backend.records import Piece
 from mhc_compile.backend.tag_ops import OP, SERVER
 
@@ -26,7 +26,7 @@ def cut(gm: GraphModule) -> tuple[GraphModule, list[Piece]]:
     Calls without a tag, and such that look at memory in another way, go with the call before them.
     In a backward all-to-alls alone are apart: the plan has the rest of it on the compute server.
     """
-    backward = any(map(is_tangent, gm.graph.nodes))
+    backward = has_backward(gm.graph)
     number: dict[Node, int] = {}
     servers: list[str] = []
     ops: list[dict[str, None]] = []
@@ -68,7 +68,7 @@ def run_in_pieces(
         found: takes the pieces of the "forward" or the "backward", for the report.
     """
     whole, pieces = cut(gm)
-    found["backward" if any(map(is_tangent, gm.graph.nodes)) else "forward"] = pieces
+    found["backward" if has_backward(gm.graph) else "forward"] = pieces
     runs, place = _Runs(pieces), _numbers(whole)
     last = sorted(_producers(whole.graph.output_node(), place))
     for node, k in place.items():

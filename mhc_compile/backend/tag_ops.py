@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch.fx import Graph, Node
+from collections.abc import Iterator
+
+from torch.fx import Graph, GraphModule, Node
 
 from mhc_compile.backend.graph_nodes import call_name, mhc_op
 
@@ -22,7 +24,7 @@ def tag_ops(graph: Graph) -> None:
     `scheduler.stage_ops`: F_post,res after an MLP has high priority (mHC, Sec. 4.3.3), all-to-alls
     are apart, and the rest is compute.
     """
-    calls = [node for node in graph.nodes if node.op.startswith("call_")]
+    calls = list(_calls(graph))
     within: dict[int, list[Node]] = {}
     layer, open_ = -1, False
     for node in calls:
@@ -51,6 +53,19 @@ def tag_ops(graph: Graph) -> None:
         number, _, name = node.meta["custom"][OP].partition(".")
         if name in ("seam", "post_res") and kinds.get(int(number)) == "mlp":
             node.meta["custom"][SERVER] = "hp"
+
+
+def _calls(graph: Graph) -> Iterator[Node]:
+    """The calls of a graph in order, those of a checkpoint's body behind it."""
+    for node in graph.nodes:
+        if not node.op.startswith("call_"):
+            continue
+        yield node
+        for source in node.all_input_nodes:
+            name = str(source.target) if source.op == "get_attr" else ""
+            body = getattr(graph.owning_module, name, None) if name else None
+            if isinstance(body, GraphModule):
+                yield from _calls(body.graph)
 
 
 def _attends(node: Node) -> bool:

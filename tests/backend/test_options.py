@@ -18,6 +18,11 @@ WRONG = {
     "overlap": ({"overlap": "yes"}, "overlap must be True or False, got 'yes'"),
     "overlap in eager": ({"overlap": True, "lower": "eager"}, "needs lower='inductor' or"),
     "overlap, graphs": ({"overlap": True, "mode": "reduce-overhead"}, "and no CUDA graphs"),
+    "overlap, autotune": ({"overlap": True, "mode": "max-autotune"}, "and no CUDA graphs"),
+    "overlap, setting": (
+        {"overlap": True, "inductor": {"triton.cudagraphs": True}},
+        "and no CUDA graphs",
+    ),
     "recompute": ({"recompute": "papre"}, "recompute must be one of 'off', 'paper'"),
     "block size": ({"recompute": 0}, "a block size of at least 1"),
     "bool": ({"recompute": True}, "a block size of at least 1"),

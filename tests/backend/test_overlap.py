@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from models import perturb
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
 
 import mhc_compile as mc
 from mhc_compile.backend.records import Piece, last_record
@@ -64,11 +66,7 @@ class Model(nn.Module):
 def build(streams=4, **options):
     torch.compiler.reset()
     model, x = Model(**options), torch.randn(2, 6, C)
-    mc.transform(model, streams=streams, example_inputs=(x,))
-    with torch.no_grad():
-        for _, parameter in mc.mhc_parameters(model):
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model, x
+    return perturb(mc.transform(model, streams=streams, example_inputs=(x,))), x
 
 
 def results(model, call, x):
@@ -114,6 +112,27 @@ def test_pieces_of_a_model():
     assert [piece.after[-1:] for piece in forward] == [(), (0,), (1,), (2,), (3,)]
     ((server, ops),) = pieces("backward")
     assert server == "compute" and set(ops) == {op for piece in forward for op in piece.ops}
+
+
+def test_checkpointed_sublayers_are_looked_into():
+    class Checkpointed(Model):
+        def forward(self, x):
+            x = self.embed(x)
+            for layer in self.layers:
+                x = x + checkpoint(layer, x, use_reentrant=False)
+            return self.head(x)
+
+    torch.compiler.reset()
+    x = torch.randn(2, 6, C)
+    model = perturb(mc.transform(Checkpointed(), streams=4, example_inputs=(x,)))
+    options = {"lower": "aot_eager", "recompute": "off"}
+    whole = results(model, torch.compile(model, backend="mhc", options=options), x)
+    torch.compiler.reset()
+    options["overlap"] = True
+    apart = results(model, torch.compile(model, backend="mhc", options=options), x)
+    assert all(map(torch.equal, whole, apart))
+    hp = [ops for server, ops in pieces("forward") if server == "hp"]
+    assert hp == [("1.seam",), ("3.post_res",)]
 
 
 @pytest.mark.parametrize("fuse", [True, False])
