@@ -35,9 +35,10 @@ from timing import DTYPES, copy_rate, graph_time, machine, need_gpu, write_json
 from mhc_compile.codegen import tuning
 from mhc_compile.codegen.cache import load
 from mhc_compile.codegen.kernel_set import kernel_set
-from mhc_compile.codegen.signature import arguments, grid, group_tokens
+from mhc_compile.codegen.signature import arguments, grid, numbers
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.codegen.tile_table import read_table
+from mhc_compile.codegen.tiles import GIVEN
 from mhc_compile.codegen.traffic import traffic
 from mhc_compile.codegen.tune_kernel import Trial, best_of, entry_of, tune_kernel
 
@@ -50,9 +51,9 @@ def compile_one(job: tuple[KernelSpec, int]) -> None:
     spec, tokens = job
     moved = traffic(spec, tokens)
     used = moved.read | moved.written | moved.scratch
-    numbers = {"tokens": tokens, "group_tokens": group_tokens(spec, tokens), "eps": 1e-6}
+    given = numbers(spec, tokens) | {"eps": 1e-6}
     values = [
-        numbers[a.name] if a.name in numbers else _TYPES[a.type] if a.name in used else None
+        given[a.name] if a.name in given else _TYPES[a.type] if a.name in used else None
         for a in arguments(spec)
     ]
     # What cannot be compiled fails again, and is noted, where it is tried.
@@ -80,6 +81,8 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[KernelSpec, int]]:
                 first = kernel_set(streams, hidden, args.dtype, seam_only=True, **sizes)
                 others = kernel_set(streams, hidden, args.dtype, **sizes) if args.all else ()
                 for spec in {spec.name: spec for spec in (*others, *first)}.values():
+                    if spec.op in GIVEN:
+                        continue
                     if not args.kernels or spec.name in args.kernels or spec.op in args.kernels:
                         yield spec, tokens
 

@@ -18,7 +18,7 @@ def main() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = runpy.run_path(job["source"])["kernel"]
+    kernel = runpy.run_path(job["source"])[job["function"]]
     types = job["signature"]
     pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
     source = ASTSource(

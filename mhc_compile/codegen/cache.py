@@ -116,5 +116,6 @@ def load(spec: KernelSpec) -> Any:
     with _lock:
         if spec not in _kernels:
             text = render(spec)
-            _kernels[spec] = _module(text, write_source(text, spec.op)).kernel
+            module = _module(text, write_source(text, spec.op))
+            _kernels[spec] = getattr(module, spec.function)
         return _kernels[spec]

@@ -122,6 +122,7 @@ def compile_ahead(spec: KernelSpec, target: str, limit: float = 120.0) -> Compil
         source.write_text(render(spec))
         job = {
             "source": str(source),
+            "function": spec.function,
             "signature": signature(spec),
             "target": [chosen.backend, chosen.arch, chosen.warp_size],
             "options": {"num_warps": spec.tile.warps, "num_stages": spec.tile.stages},

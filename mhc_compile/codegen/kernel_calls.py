@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from mhc_compile.codegen.cache import load
+from mhc_compile.codegen.kernel_set import affine_sums
+from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.signature import counts, grid, group_tokens, learn_residents
 from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
 from mhc_compile.codegen.tiles import fits_whole
@@ -99,12 +102,7 @@ class KernelCalls:
         return as_components(tensor.float(), len(shape))
 
     def by_token(self, components: Tensor, *shape: int) -> Tensor:
-        """The view `[..., *shape]` of `[k, tokens]`.
-
-        A copy where it would not start at 16 bytes, which Inductor expects of results.
-        """
-        if components.storage_offset() * components.element_size() % 16:
-            components = components.clone()
+        """The view `[..., *shape]` of `[k, tokens]`."""
         return as_maps(components, self.lead, shape)
 
     def mixing(self, post: Tensor, res: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +197,7 @@ class KernelCalls:
         self, x: Tensor, pre: Tensor, g: Tensor, weight: Tensor | None, shift: Tensor | None,
         norm: str, eps: float,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """The gradients of the norm's input, of pre `[n, tokens]`, of weight and of shift."""
+        """The gradients of the norm's input and of pre `[n, tokens]`, shares of the norm's."""
         spec = self.spec("pre_backward", norm=norm, weight=weight is not None,
                          shift=shift is not None)  # fmt: skip
         g_pre = self.empty(self.n, self.tokens)
@@ -211,15 +209,13 @@ class KernelCalls:
         sums = [self.empty(programs, self.channels) if v is not None else None
                 for v in (weight, shift)]  # fmt: skip
         self.run(spec, x, pre, weight, g, g_h, g_pre, *sums, self.tokens, eps)
-        affine = [s.sum(0).to(v.dtype) if s is not None and v is not None else None
-                  for s, v in zip(sums, (weight, shift), strict=True)]  # fmt: skip
-        return g_h, g_pre, affine[0], affine[1]
+        return g_h, g_pre, sums[0], sums[1]
 
     def gates_backward(
         self, proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, g_pre: Tensor,
         g_post: Tensor, g_res: Tensor,
-    ) -> tuple[Pair, Tensor, Tensor, Tensor]:  # fmt: skip
-        """The pair dh `[tokens, columns]`, scale `[tokens]`, the gradients of alpha and bias.
+    ) -> tuple[Pair, Tensor, Tensor]:  # fmt: skip
+        """The pair dh `[tokens, columns]`, scale `[tokens]`, shares of the gates' parameters'.
 
         `g_pre: [terms, n, tokens]` is summed over its terms.
         """
@@ -232,15 +228,13 @@ class KernelCalls:
         sums = self.empty(self.count(spec, "tiles"), self.maps + 3)
         self.run(spec, proj, square, *_plain(alpha, bias), g_pre, g_post, g_res,
                  high, low, scale, sums, self.tokens)  # fmt: skip
-        total = sums.sum(0)
-        # Apart, since Inductor expects results that start at 16 bytes.
-        return (high, low), scale, total[self.maps :].clone(), total[: self.maps].clone()
+        return (high, low), scale, sums
 
     def seam_backward(
         self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor, pre: Tensor,
         g_h: Tensor, phi: Pair, dh: Pair, scale: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """g_x, g_f and the gradients of res and post, `[n*n + n, tokens]`."""
+        """g_x, g_f and parts of the gradients of res and post, `[parts, n*n + n, tokens]`."""
         spec = self.spec("seam_backward")
         g_x, g_f = torch.empty_like(x), torch.empty_like(f)
         dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
@@ -252,7 +246,7 @@ class KernelCalls:
         )  # fmt: skip
         if compiled is not None:
             learn_residents(spec, compiled)
-        return g_x, g_f, dots.sum(0)
+        return g_x, g_f, dots
 
     def read_backward(
         self, y: Tensor, g_y: Tensor | None, pre: Tensor, g_h: Tensor, phi: Pair, dh: Pair,
@@ -267,22 +261,64 @@ class KernelCalls:
     def mix_backward(
         self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """g_x, g_f and the gradients of res and post, `[n*n + n, tokens]`."""
+        """g_x, g_f and parts of the gradients of res and post, `[parts, n*n + n, tokens]`."""
         spec = self.spec("mix_backward")
         g_x, g_f = torch.empty_like(x), torch.empty_like(f)
         dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
         self.run(spec, x, f, post, res, g_y, g_x, g_f, dots, self.tokens)
-        return g_x, g_f, dots.sum(0)
+        return g_x, g_f, dots
 
     def phi_backward(self, y: Tensor, dh: Pair) -> Tensor:
-        """The gradient of phi, `[nC, maps]`; groups of tokens have shares, added in their order."""
+        """Shares of the gradient of phi, `[groups, nC, maps]`, one a group of tokens."""
         spec = self.spec("phi_backward")
-        groups = self.count(spec, "groups")
-        if not self.tokens:
-            return torch.zeros(self.n * self.channels, self.maps, device=self.device)
-        shares = self.empty(groups, self.n * self.channels, self.maps)
+        shares = self.empty(self.count(spec, "groups"), self.n * self.channels, self.maps)
         self.run(spec, y, *dh, shares, self.tokens, group_tokens(spec, self.tokens))
-        return shares.sum(0) if groups > 1 else shares[0]
+        return shares
+
+    def add_shares(
+        self, sums: Tensor, phi_shares: Tensor | None, affine: Sequence[Tensor | None],
+        dots: Tensor | None, like: dict[str, Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """All sums of a backward in one launch, in the order of the shares.
+
+        Args:
+            sums: of `gates_backward`.
+            phi_shares: of `phi_backward`; None where phi needs no gradient.
+            affine: of `pre_backward`, of weight and shift.
+            dots: of `seam_backward` or `mix_backward`.
+            like: parameters and maps by name; their gradients have the same dtype.
+
+        Returns:
+            Gradients by the names of `like`; those of maps are `[k, tokens]`. What has no shares is
+            empty.
+        """
+        weight, shift = (part is not None for part in affine)
+        gated = self.spec("gates_backward", tile=self.base.tile).tile
+        tile = replace(gated, parts=1 if dots is None else dots.shape[0])
+        spec = self.spec("add_shares", tile=tile, mix=dots is not None,
+                         **affine_sums(weight, shift))  # fmt: skip
+        there = {name for part in shares_of(spec) for name, _ in part.results}
+        there -= {"g_phi"} if phi_shares is None else set()
+        sizes: dict[str, tuple[int, ...]] = {
+            "phi": (self.n * self.channels, self.maps), "alpha": (3,), "bias": (self.maps,),
+            "weight": (self.channels,), "shift": (self.channels,),
+            "post": (self.n, self.tokens), "res": (self.n * self.n, self.tokens),
+        }  # fmt: skip
+        make = torch.empty if self.tokens else torch.zeros
+        out = {
+            name: make(sizes[name] if f"g_{name}" in there else 0, dtype=value.dtype,
+                       device=self.device)
+            for name, value in like.items()
+        }  # fmt: skip
+        missing = sums  # read by no program
+        phi = missing if phi_shares is None else phi_shares
+        groups = 0 if phi_shares is None else phi.shape[0]
+        self.run(
+            spec, sums, out["bias"], out["alpha"], affine[0], out.get("weight"), affine[1],
+            out.get("shift"), phi, out["phi"], dots, out.get("res"), out.get("post"),
+            sums.shape[0], self.count(spec, "programs"), groups, self.tokens,
+        )  # fmt: skip
+        return out
 
 
 def _plain(*parameters: Tensor) -> tuple[Tensor, ...]:

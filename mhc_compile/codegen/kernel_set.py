@@ -30,12 +30,24 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
         found += [("project", {"mix": True}), ("seam_backward", {})]
     else:
         found += [("read_backward", {"carry": True})]
+    affine = dict.fromkeys((norm.get("weight", False), norm.get("shift", False)) for norm in norms)
+    found += [("add_shares", affine_sums(*given) | {"mix": True}) for given in affine]
     if not (whole and seam_only):
         found += [(op, {}) for op in ("mix", "project", "mix_backward")]
     if not seam_only:
+        found += [("add_shares", {})]
         found += [(op, {}) for op in ("gates", "pre", "read_backward")]
         found += [("seam_once", norm) for norm in norms if whole]
     return sorted(found, key=lambda pair: OPS.index(pair[0]))
+
+
+def affine_sums(weight: bool, shift: bool) -> dict[str, Any]:
+    """The fields of "add_shares" for a norm that has these; which norm makes no difference."""
+    return {
+        "norm": "layer" if shift else "rms" if weight else "none",
+        "weight": weight,
+        "shift": shift,
+    }
 
 
 def kernel_set(
@@ -73,9 +85,17 @@ def kernel_set(
         if op in GATED and rule is not None:
             spec = replace(spec, rule=rule)
         specs.append(replace(spec, tile=choose_tile(spec, tokens)))
-    # The parts that "gates" and "read" add up are those of the kernel before.
-    parts = next(spec.tile.parts for spec in specs if spec.op == "project")
-    given: dict[str, dict[str, Any]] = {"gates": {"parts": parts}, "read": {"shares": parts}}
+    # What some add up are the parts of the kernels before.
+    tiles = {spec.op: spec.tile for spec in specs}
+    parts, last = (
+        tiles["project"].parts,
+        "seam_backward" if "seam_backward" in tiles else "mix_backward",
+    )
+    given: dict[str, dict[str, Any]] = {
+        "gates": {"parts": parts},
+        "read": {"shares": parts},
+        "add_shares": {"parts": tiles[last].parts, "tokens": tiles["gates_backward"].tokens},
+    }
     return tuple(
         replace(spec, tile=replace(spec.tile, **given[spec.op])) if spec.op in given else spec
         for spec in specs

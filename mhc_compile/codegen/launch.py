@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     """Gradients by `(x, pre)`."""
     call = _calls(x)
     maps = call.by_component(pre, call.n)
-    _, g_pre, _, _ = call.pre_backward(
+    _, g_pre, *_ = call.pre_backward(
         call.streams(x), maps, call.single(g_h), None, None, "none", 0.0
     )
     g_x = (pre.unsqueeze(-1) * g_h.unsqueeze(-2)).to(x.dtype)
@@ -77,10 +79,13 @@ def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
 def post_res_backward(g_y: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Results:
     """Gradients by `(x, f, post, res)`."""
     call = _calls(x)
-    back = call.mix_backward(
+    n = call.n
+    g_x, g_f, dots = call.mix_backward(
         call.streams(x), call.single(f), *call.mixing(post, res), call.streams(g_y)
     )
-    return _mixing_gradients(call, back, (x, f, post, res))
+    g_res, g_post = dots[:, : n * n].sum(0).to(res.dtype), dots[:, n * n :].sum(0).to(post.dtype)
+    maps = call.by_token(g_post, n), call.by_token(g_res, n, n)
+    return g_x.view(x.shape), g_f.view(f.shape), *maps
 
 
 def read(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Results:
@@ -107,11 +112,12 @@ def read_backward(
     else:
         maps, gradient = call.by_component(pre, call.n), call.single(g_h)
         terms.append(call.pre_backward(streams, maps, gradient, None, None, "none", 0.0)[1])
-    dh, scale, *parameters = _projection_backward(
-        call, streams, (phi, alpha, bias), proj, square, terms, g_post, g_res, need_phi
-    )
+    dh, scale, sums = _gates_backward(call, (alpha, bias), proj, square, terms, g_post, g_res)
+    shares = call.phi_backward(streams, dh) if need_phi else None
     g_x = call.read_backward(streams, None, maps, gradient, call.split_phi(phi), dh, scale)
-    return g_x.view(x.shape), *parameters
+    like = {"phi": phi, "alpha": alpha, "bias": bias}
+    added = call.add_shares(sums, shares, (None, None), None, like)
+    return g_x.view(x.shape), *added.values()
 
 
 def seam(
@@ -143,7 +149,7 @@ def seam_backward(
     flat_g = torch.zeros_like(flat_y) if g_y is None else call.streams(g_y)
     maps = call.by_component(pre_next, call.n)
     terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]
-    affine: list[Tensor | None] = [None, None]
+    affine: Sequence[Tensor | None] = (None, None)
     if g_h is None:
         gradient = torch.zeros_like(mixed[1])
     else:
@@ -151,17 +157,20 @@ def seam_backward(
             flat_y, maps, call.single(g_h), weight, shift, norm, norm_eps
         )
         terms.append(term)
-    dh, scale, *parameters = _projection_backward(
-        call, flat_y, (phi, alpha, bias), proj, square, terms, g_post, g_res, need_phi
-    )
+    dh, scale, sums = _gates_backward(call, (alpha, bias), proj, square, terms, g_post, g_res)
+    shares = call.phi_backward(flat_y, dh) if need_phi else None
     halves = call.split_phi(phi)
     if fits_whole(call.base):
-        back = call.seam_backward(*mixed, flat_g, maps, gradient, halves, dh, scale)
+        g_x, g_f, dots = call.seam_backward(*mixed, flat_g, maps, gradient, halves, dh, scale)
     else:
         whole = call.read_backward(flat_y, flat_g, maps, gradient, halves, dh, scale)
-        back = call.mix_backward(*mixed, whole)
-    g_weight, g_shift = (x.new_empty(0) if g is None else g for g in affine)
-    return *_mixing_gradients(call, back, (x, f, post, res)), *parameters, g_weight, g_shift
+        g_x, g_f, dots = call.mix_backward(*mixed, whole)
+    like = {"post": post, "res": res, "phi": phi, "alpha": alpha, "bias": bias,
+            "weight": x if weight is None else weight,
+            "shift": x if shift is None else shift}  # fmt: skip
+    g_post, g_res, *others = call.add_shares(sums, shares, affine, dots, like).values()
+    maps_gradients = call.by_token(g_post, call.n), call.by_token(g_res, call.n, call.n)
+    return g_x.view(x.shape), g_f.view(f.shape), *maps_gradients, *others
 
 
 def expand(x: Tensor, n: int) -> Tensor:
@@ -202,30 +211,21 @@ def _outputs(call: KernelCalls, gates: tuple[Tensor, ...]) -> Results:
     return call.by_token(pre, n), call.by_token(post, n), call.by_token(res, n, n), proj, square
 
 
-def _projection_backward(
-    call: KernelCalls, y: Tensor, parameters: tuple[Tensor, Tensor, Tensor], proj: Tensor,
-    square: Tensor, terms: list[Tensor], g_post: Tensor | None, g_res: Tensor | None,
-    need_phi: bool,
-) -> tuple[Pair, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dh, scale and the gradients of phi, alpha and bias; pre's gradient is the sum of `terms`."""
-    phi, alpha, bias = parameters
-    g_pre = torch.stack(terms) if terms else call.by_component(None, call.n).unsqueeze(0)
-    dh, scale, g_alpha, g_bias = call.gates_backward(
-        proj, square, alpha, bias, g_pre, call.by_component(g_post, call.n),
+def _gates_backward(
+    call: KernelCalls, parameters: tuple[Tensor, Tensor], proj: Tensor, square: Tensor,
+    terms: list[Tensor], g_post: Tensor | None, g_res: Tensor | None,
+) -> tuple[Pair, Tensor, Tensor]:  # fmt: skip
+    """dh, scale and shares of the parameters' gradients; pre's gradient is the sum of `terms`."""
+    terms = terms or [call.by_component(None, call.n)]
+    g_pre = terms[0].unsqueeze(0) if len(terms) == 1 else torch.stack(terms)
+    return call.gates_backward(
+        proj,
+        square,
+        *parameters,
+        g_pre,
+        call.by_component(g_post, call.n),
         call.by_component(g_res, call.n, call.n),
-    )  # fmt: skip
-    g_phi = call.phi_backward(y, dh) if need_phi else call.empty(0)
-    return dh, scale, g_phi.to(phi.dtype), g_alpha.to(alpha.dtype), g_bias.to(bias.dtype)
-
-
-def _mixing_gradients(
-    call: KernelCalls, back: tuple[Tensor, Tensor, Tensor], like: tuple[Tensor, ...]
-) -> Results:
-    """Gradients by `(x, f, post, res)` in their shapes and dtypes."""
-    (g_x, g_f, dots), (x, f, post, res), n = back, like, call.n
-    g_post = call.by_token(dots[n * n :].to(post.dtype), n)
-    g_res = call.by_token(dots[: n * n].to(res.dtype), n, n)
-    return g_x.view(x.shape), g_f.view(f.shape), g_post, g_res
+    )
 
 
 def _check_norm(norm: str) -> None:

@@ -7,6 +7,7 @@ import re
 
 import jinja2
 
+from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.sinkhorn_plan import sinkhorn_plan
 from mhc_compile.codegen.spec import DTYPES, KernelSpec
 
@@ -20,7 +21,7 @@ def _environment() -> jinja2.Environment:
 
 
 def render(spec: KernelSpec) -> str:
-    """The source of a module with one kernel, `kernel`; the same text for the same spec."""
+    """The source of a module with one kernel, `spec.function`; equal specs have equal texts."""
     plan = sinkhorn_plan(spec)
     flat = "_flat" if spec.tile.flat else ""
     template = _environment().get_template(f"{spec.op}{flat}.py.jinja")
@@ -35,6 +36,7 @@ def render(spec: KernelSpec) -> str:
         streams=range(spec.streams), rule=spec.rule, plan=plan,
         log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
         LEVELS=levels, DOTS=1 << levels, PIECES=spec.pieces,
+        FUNCTION=spec.function, shares=shares_of(spec),
         NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip
     return re.sub(r"\n(?:[ ]*\n)+(?=    )", "\n", text).rstrip() + "\n"  # macros leave empty lines

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mhc_compile.codegen.render import render
+from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.errors import MHCError
 
@@ -84,9 +85,11 @@ _FLOATS: dict[str, Callable[[KernelSpec], Dims]] = {
     "res": lambda s: (s.streams, s.streams, "tokens"),
     "dots": lambda s: (s.tile.parts, s.streams * (s.streams + 1), "tokens"),
     "sums": lambda s: ("tiles", s.maps + 3),
-    "g_phi": lambda s: ("groups", s.streams, s.channels, s.maps),
-    "g_weight": lambda s: ("programs", s.channels),
-    "g_shift": lambda s: ("programs", s.channels),
+    "phi_shares": lambda s: ("groups", s.streams, s.channels, s.maps),
+    "weight_shares": lambda s: ("programs", s.channels),
+    "shift_shares": lambda s: ("programs", s.channels),
+    "g_weight": lambda s: (s.channels,),
+    "g_shift": lambda s: (s.channels,),
 }
 # Operands of products: phi, see the template "split_phi", and the gradients of the projections.
 _PRODUCTS: dict[str, Callable[[KernelSpec], Dims]] = {
@@ -94,7 +97,8 @@ _PRODUCTS: dict[str, Callable[[KernelSpec], Dims]] = {
     "phi_high": lambda s: (s.streams, s.channels, s.columns),
     "dh_high": lambda s: ("tokens", s.columns),
 }
-_SCALARS = {"tokens": "i32", "group_tokens": "i32", "eps": "fp32"}
+_NUMBERS = ("tokens", "group_tokens", "tiles", "programs", "groups")
+_SCALARS = dict.fromkeys(_NUMBERS, "i32") | {"eps": "fp32"}
 # Names that mean something else in one kernel.
 _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
     ("split_phi", "high"): lambda s: (2, s.streams, s.columns, s.channels),
@@ -106,11 +110,11 @@ _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
 
 
 def parameters(source: str) -> tuple[str, ...]:
-    """The parameter names of the function `kernel` in a module's text."""
+    """The parameter names of the kernel in a module's text."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name == "kernel":
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("mhc_"):
             return tuple(arg.arg for arg in node.args.args)
-    raise MHCError("the template has no function named kernel: define it at the top level")
+    raise MHCError("the template has no kernel: define it at the top level as {{ FUNCTION }}")
 
 
 def _argument(spec: KernelSpec, name: str) -> Argument:
@@ -203,6 +207,13 @@ def group_tokens(spec: KernelSpec, tokens: int) -> int:
     return math.ceil(tokens / step) * spec.tile.tokens
 
 
+def numbers(spec: KernelSpec, tokens: int) -> dict[str, int]:
+    """The integers that a launch passes, by argument."""
+    own = {argument.name for argument in arguments(spec)}
+    known = counts(spec, tokens) | {"group_tokens": group_tokens(spec, tokens)}
+    return {name: value for name, value in known.items() if name in own and name in _NUMBERS}
+
+
 def grid(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
     """How many programs a launch has."""
     count, tile = counts(spec, tokens), spec.tile
@@ -216,5 +227,7 @@ def grid(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
         return (count["workers"],)
     if spec.op in ("gates", "gates_backward"):  # their parts were computed by another kernel
         return (count["tiles"],)
+    if spec.op == "add_shares":
+        return (sum(part.programs(count) for part in shares_of(spec)),)
     gated = math.ceil(tokens / tile.gated) if spec.op == "read" else 0
     return (count["tiles"] * tile.parts + gated,)

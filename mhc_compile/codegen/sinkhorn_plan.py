@@ -45,8 +45,8 @@ def sinkhorn_plan(spec: KernelSpec) -> SinkhornPlan:
     start, rest = tuple(steps[:lead]), steps[lead:]
     rounds = len(rest) // 2
     pair = (rest[0], rest[1]) if rest else ("col", "row")
-    # With many streams the matrices fill the registers, so that fewer states are kept.
-    stretches = min(rounds, 4 if spec.streams <= 4 else 2)
+    # With many streams the matrices fill the registers: then few states are kept, others run again.
+    stretches = min(rounds, 20 if spec.streams <= 4 else 4)
     length = math.ceil(rounds / stretches) if stretches else 0
     segments = tuple(min(length, rounds - k) for k in range(0, rounds, length)) if rounds else ()
     return SinkhornPlan(

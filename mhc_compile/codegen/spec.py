@@ -14,6 +14,7 @@ from mhc_compile.errors import MHCError
 OPS = (
     "split_phi", "mix", "project", "gates", "pre", "read", "seam_once", "pre_backward",
     "gates_backward", "seam_backward", "read_backward", "mix_backward", "phi_backward",
+    "add_shares",
 )  # fmt: skip
 GATED = ("gates", "read", "gates_backward", "seam_once")
 """Operations that depend on the convention."""
@@ -66,10 +67,10 @@ class KernelSpec:
             bf16 alone; "tf32x3" and "tf32": as in Triton, on float32 operands.
         tile: see `Tile`.
         rule: the numerical axes; only those of `GATED` depend on it.
-        mix: the streams are mixed first, y = res x + post f ("project").
+        mix: the streams are mixed first, y = res x + post f ("project"), or were ("add_shares").
         carry: a gradient of the streams is added ("read_backward").
         norm: the norm of the next sublayer, done with the read ("pre", "read", "pre_backward",
-            "seam_once").
+            "seam_once", "add_shares").
         weight: that norm has a weight.
         shift: that norm has a shift.
         target: "cuda", "hip" or "interpret" (Triton's interpreter on a CPU).
@@ -107,6 +108,11 @@ class KernelSpec:
         for name, size in (("tokens", self.tile.tokens), ("width", self.tile.width)):
             if size < 1 or size & (size - 1):
                 raise MHCError(f"tile.{name} must be a power of two, got {size!r}")
+
+    @property
+    def function(self) -> str:
+        """The kernel's name in its module and in profiles."""
+        return f"mhc_{self.op}"
 
     @property
     def name(self) -> str:

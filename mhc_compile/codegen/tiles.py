@@ -11,6 +11,8 @@ FLAT = ("project", "read_backward", "mix_backward")
 """Operations with a second template, see `Tile.flat`."""
 WHOLE_ROWS = ("read", "pre", "pre_backward")
 """Operations whose programs hold whole rows of channels, those of a norm at least."""
+GIVEN = ("add_shares",)
+"""Operations whose tile says how others cut up their work: there is nothing to choose."""
 PRODUCTS = ("project", "seam_backward", "read_backward", "phi_backward")
 """Operations whose tokens and channels are sides of matrix products."""
 
@@ -22,11 +24,15 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     16 bytes and are loaded number by number, take smaller tiles or more warps for the same tile.
 
     Args:
-        spec: the kernel; its `tile.parts` or `tile.shares` count where they are another kernel's.
+        spec: the kernel; its tile's tokens, parts or shares count where they are another kernel's.
         tokens: how many tokens there are.
     """
+    if spec.op in GIVEN:
+        return replace(spec.tile, width=1, warps=4, stages=1)
     if spec.op in ("gates", "gates_backward"):
-        tokens = 4 if spec.streams > 4 else 8
+        # "gates_backward" keeps all states, and of sums that may be clamped whether they were.
+        full = spec.op == "gates_backward" and spec.rule.sinkhorn_eps_mode == "clamp"
+        tokens = 4 if spec.streams > (2 if full else 4) else 8
         return replace(spec.tile, tokens=tokens, width=1, warps=1, stages=1)
     if spec.op == "seam_once":
         width = _width(32, spec.channels)

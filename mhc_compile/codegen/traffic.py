@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.signature import Argument, arguments, counts
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.errors import MHCError
@@ -56,7 +57,7 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "pre_backward":
         if not normed:
             return "x g_out", "g_pre"
-        sums = (" g_weight" if weight else "") + (" g_shift" if shift else "")
+        sums = (" weight_shares" if weight else "") + (" shift_shares" if shift else "")
         return f"x pre g_out{weight}", f"g_h g_pre{sums}"
     if spec.op == "gates_backward":
         return "proj square alpha bias g_pre g_post g_res", f"high{low} scale sums"
@@ -69,7 +70,11 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "mix_backward":
         return "x f post res g_y", "g_x g_f dots"
     if spec.op == "phi_backward":
-        return "y dh_high" + (" dh_low" if split else ""), "g_phi"
+        return "y dh_high" + (" dh_low" if split else ""), "phi_shares"
+    if spec.op == "add_shares":
+        parts = shares_of(spec)
+        results = (name for part in parts for name, _ in part.results)
+        return " ".join(part.name for part in parts), " ".join(results)
     raise MHCError(f"the traffic of kernel {spec.op!r} is not stated: add it to traffic.py")
 
 
@@ -230,7 +235,7 @@ def seam_units(specs: Iterable[KernelSpec]) -> tuple[float, float]:
     for spec in specs:
         itemsize = 4 if spec.dtype == "fp32" else 2
         units = bytes_per_token(spec) / (spec.channels * itemsize)
-        if spec.op.endswith("_backward"):
+        if spec.op.endswith("_backward") or spec.op == "add_shares":
             backward += units
         else:
             forward += units

@@ -18,8 +18,8 @@ from mhc_compile.codegen.signature import (
     arguments,
     counts,
     grid,
-    group_tokens,
     learn_residents,
+    numbers,
 )
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.codegen.tile_table import Entry
@@ -28,7 +28,7 @@ from mhc_compile.codegen.traffic import traffic
 
 Measure = Callable[[Callable[[], object]], float]
 _DTYPES = {"*i32": torch.int32, "*bf16": torch.bfloat16, "*fp16": torch.float16}
-_SUMMED = ("partial", "dots", "sums", "g_phi", "g_weight", "g_shift")
+_SUMMED = ("partial", "dots", "sums", "phi_shares", "weight_shares", "shift_shares")
 """Results whose first axis is one of shares: how many there are depends on the tile."""
 _FIELDS = {
     "split_phi": ("width", "warps"),
@@ -44,6 +44,7 @@ _FIELDS = {
     "read_backward": ("tokens", "width", "parts", "warps", "stages"),
     "mix_backward": ("tokens", "width", "parts", "warps"),
     "phi_backward": ("tokens", "width", "warps", "stages"),
+    "add_shares": (),
 }
 """What of a tile is varied; the rest follows from it or is another kernel's."""
 _TOGETHER = (
@@ -141,8 +142,7 @@ class Launches:
 
     def values(self, spec: KernelSpec, outputs: dict[str, Any]) -> list[Any]:
         """Arguments of a launch, in order."""
-        numbers = {"tokens": self.tokens, "group_tokens": group_tokens(spec, self.tokens)}
-        known = {"eps": 1e-6, **numbers, **self.inputs, **outputs}
+        known = {"eps": 1e-6, **numbers(spec, self.tokens), **self.inputs, **outputs}
         return [known.get(argument.name) for argument in arguments(spec)]
 
     def call(self, spec: KernelSpec, outputs: dict[str, Tensor]) -> Callable[[], Any]:

@@ -15,7 +15,7 @@ import torch
 from mhc_compile.codegen.cache import cache_directory, checked
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.codegen.tile_table import Entry, TileTable, read_table
-from mhc_compile.codegen.tiles import choose_tile
+from mhc_compile.codegen.tiles import GIVEN, choose_tile
 from mhc_compile.errors import check_choice
 
 MODES = ("off", "cached", "full")
@@ -99,7 +99,7 @@ def tile_for(spec: KernelSpec, tokens: int, tuning: Tuning) -> Tile:
         MHCError: a table is damaged.
     """
     spec = replace(spec, tile=choose_tile(spec, tokens))
-    if tuning.mode == "off" or not tokens:
+    if tuning.mode == "off" or not tokens or spec.op in GIVEN:
         return spec.tile
     with _lock:
         found = tables().lookup(tuning.arch, spec, tokens)

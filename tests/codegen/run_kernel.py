@@ -10,7 +10,7 @@ The interpreter is on in every process of the tests, see tests/conftest.py; a sp
 import torch
 
 from mhc_compile.codegen.interpreter import run
-from mhc_compile.codegen.signature import arguments, counts, grid, group_tokens
+from mhc_compile.codegen.signature import arguments, counts, grid, numbers
 from mhc_compile.codegen.spec import KernelSpec
 from mhc_compile.codegen.traffic import traffic
 
@@ -39,7 +39,7 @@ def arguments_for(spec: KernelSpec, tokens: int) -> dict[str, torch.Tensor]:
 
 def run_kernel(spec: KernelSpec, tokens: int, **values: torch.Tensor | float | None) -> None:
     """Launches all programs; `tokens` and the launch's own numbers are filled in."""
-    given = {"tokens": tokens, "group_tokens": group_tokens(spec, tokens), "eps": 1e-6}
+    given = {**numbers(spec, tokens), "eps": 1e-6}
     names = {argument.name for argument in arguments(spec)}
     given = {name: value for name, value in given.items() if name in names}
     run(spec, grid(spec, tokens), **(given | values))

@@ -162,6 +162,36 @@ def test_small_launches_every_kernel(device, monkeypatch):
     assert {("read", "rms"), ("read", "none")} <= {(key[0], key[3]) for key in seen}
 
 
+class Unshared:
+    """The launches; results of one that share memory with each other or with inputs are noted."""
+
+    def __init__(self, faults):
+        self.faults, self.supports = faults, launch.supports
+
+    def __getattr__(self, name):
+        def call(*args):
+            out = getattr(launch, name)(*args)
+            results = out if isinstance(out, tuple) else (out,)
+            given, made = (
+                [t.untyped_storage().data_ptr() for t in side if torch.is_tensor(t) and t.numel()]
+                for side in (args, results)
+            )
+            self.faults += [name] * (len({*made} - {*given}) < len(made))
+            return out
+
+        return call
+
+
+def test_results_share_no_memory(device, monkeypatch):
+    """Torch refuses operators whose results do, after a warning through torch 2.13."""
+    faults = []
+    monkeypatch.setattr(ops, "fused", Unshared(faults))
+    monkeypatch.setattr(ops, "_kernels", lambda: Unshared(faults))
+    for case in SMALL:
+        run_both_ways(case, device)
+    assert not faults
+
+
 def test_no_access_outside_of_the_arguments(device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("counted in the interpreter; on a GPU by compute-sanitizer")

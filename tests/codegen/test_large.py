@@ -157,7 +157,7 @@ def test_last_group_of_phi_backward():
     tensors["dh_high"][begin:, :columns] = values[1].bfloat16()
     run_last(spec, tokens, tensors, last)
     right = values[0].double().T @ values[1].bfloat16().double()
-    got = tensors["g_phi"][last[1]].reshape(-1, columns)[-4:]
+    got = tensors["phi_shares"][last[1]].reshape(-1, columns)[-4:]
     torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=0)
 
 

@@ -9,8 +9,10 @@ import torch
 from mhc_compile.codegen import signature
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.render import render
+from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.signature import counts, grid, group_tokens, parameters
 from mhc_compile.codegen.spec import DTYPES, GATED
+from mhc_compile.codegen.tiles import GIVEN
 
 TOKENS = (1, 100, 8192)
 
@@ -22,7 +24,7 @@ def covered_channels(spec):
         return grid(spec, 1)[0] * tile.width
     if spec.op == "phi_backward":  # rows of phi
         return grid(spec, 1)[0] * tile.width // spec.streams
-    if spec.op.startswith("gates"):
+    if spec.op.startswith("gates") or spec.op in GIVEN:
         return spec.channels
     if spec.norm != "none" and spec.op != "seam_once":
         return tile.width
@@ -69,6 +71,24 @@ def test_pieces_cover_the_columns_of_phi(n):
     assert [first for first, _ in spec.pieces] == [0, *ends[:-1]]
     assert spec.maps <= ends[-1] < spec.maps + 16 and ends[-1] <= spec.columns
     assert all(width >= 16 and not width & (width - 1) for _, width in spec.pieces)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_all_shares_are_added(n):
+    """In as many parts, for as many tiles of tokens, and to as many programs as there are."""
+    for channels in (1, 1000, 4096):
+        specs = kernel_set(n, channels)
+        tiles = {spec.op: spec.tile for spec in specs}
+        last = tiles.get("seam_backward", tiles["mix_backward"])
+        for spec in (spec for spec in specs if spec.op == "add_shares"):
+            assert spec.tile.tokens == tiles["gates_backward"].tokens
+            assert spec.tile.parts == last.parts
+            for tokens in TOKENS:
+                count = counts(spec, tokens)
+                sizes = [(part, part.size * (tokens if part.by_token else 1))
+                         for part in shares_of(spec)]  # fmt: skip
+                assert all(part.programs(count) * part.columns >= size for part, size in sizes)
+                assert grid(spec, tokens) == (sum(part.programs(count) for part, _ in sizes),)
 
 
 def test_gates_add_up_the_parts_of_the_products():

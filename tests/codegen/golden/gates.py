@@ -1,5 +1,5 @@
-# mhc_compile kernel gates 3a3be9d36574ef5b
-# {"carry": false, "channels": 64, "dtype": "bf16", "mix": false, "norm": "none", "op": "gates", "products": "split", "rule": {"name": "deepseek_v4", "norm_eps": 1e-06, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 1e-06, "res_transposed": true, "sinkhorn_eps": 1e-06, "sinkhorn_eps_mode": "add", "sinkhorn_iters": 20, "sinkhorn_order": "row_col", "sinkhorn_start": "softmax", "sinkhorn_start_is_step": true}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "parts": 1, "shares": 1, "stages": 1, "tokens": 8, "warps": 1, "width": 1}, "weight": false}
+# mhc_compile kernel gates fa0fda1d4f7c1fdf
+# {"carry": false, "channels": 64, "dtype": "bf16", "mix": false, "norm": "none", "op": "gates", "products": "split", "rule": {"name": "deepseek_v4", "norm_eps": 1e-06, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 1e-06, "res_transposed": true, "sinkhorn_eps": 1e-06, "sinkhorn_eps_mode": "add", "sinkhorn_iters": 20, "sinkhorn_order": "row_col", "sinkhorn_start": "softmax", "sinkhorn_start_is_step": true}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "parts": 2, "shares": 1, "stages": 1, "tokens": 8, "warps": 1, "width": 1}, "weight": false}
 # proj_k = sum over parts of partial_k, square = the same of the squares   (Eq. 14)
 # z = alpha * proj / r + bias, r = sqrt(square / (nC) + eps)   (Eq. 15, 16)
 # pre = sigmoid(z) + pre_eps, post = multiplier * sigmoid(z), res = SinkhornKnopp(z)   (Eq. 17-19)
@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(partial, alpha, bias, pre, post, res, proj, square, tokens):
+def mhc_gates(partial, alpha, bias, pre, post, res, proj, square, tokens):
     begin = tl.cast(tl.program_id(0), tl.int64) * 8
     step = tl.cast(tokens, tl.int64)
     rows = tl.arange(0, 8)
@@ -32,7 +32,7 @@ def kernel(partial, alpha, bias, pre, post, res, proj, square, tokens):
     total = tl.load(partial + 8 * step + rows)
     product = tl.load(partial + place, mask=column < 8, other=0.0)
     z = tl.load(partial + inner, mask=known, other=0.0)
-    for _ in range(0):
+    for _ in range(1):
         partial += 9 * step
         total += tl.load(partial + 8 * step + rows)
         product += tl.load(partial + place, mask=column < 8, other=0.0)

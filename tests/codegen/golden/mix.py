@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 @triton.jit
-def kernel(x, f, post, res, y, tokens):
+def mhc_mix(x, f, post, res, y, tokens):
     part = tl.program_id(0) % 1
     tile = tl.program_id(0) // 1
     begin = tl.cast(tile, tl.int64) * 4
