@@ -1,11 +1,16 @@
 """Times training steps of a dense model on a pipeline of all GPUs of a machine, or CPU processes.
 
 Each version's loss and gradients are compared with the same model on one process first, in
-float32 on few channels; then steps are timed, as long as the slowest rank takes. The prediction is
-the plan's makespan, from the times of each rank's own forwards and backwards alone and of a
-message between neighbours; `plain` has one stream, the plain residual.
+float32 on few channels; then steps are timed, as long as the slowest rank takes. `plain` has one
+stream, the plain residual; "by torch" is torch's ScheduleDualPipeV on the same stages; "without"
+leaves out what this library's pair adds, one at a time.
 
-    torchrun --nproc-per-node 2 benchmarks/pipeline_steps.py --json out/pipeline.json
+The prediction is the plan's makespan, from the times of each rank's own forwards, backwards and
+pairs alone and of a message between neighbours. Of one step the kernels are recorded: "busy" is
+how long the GPU that computes least computes, "nccl alone" how long at most only messages ran,
+which is what they and the waiting for other ranks cost.
+
+    torchrun --nproc-per-node 2 benchmarks/pipeline_steps.py --json out/pipeline.json --traces out
     torchrun --nproc-per-node 2 benchmarks/pipeline_steps.py --device cpu --channels 32 --blocks 4
 
 NVLink multicast is best left off (NCCL_NVLS_ENABLE=0); CUDA_DEVICE_MAX_CONNECTIONS is noted.
@@ -14,11 +19,17 @@ NVLink multicast is best left off (NCCL_NVLS_ENABLE=0); CUDA_DEVICE_MAX_CONNECTI
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import gc
+import gzip
+import json
+import math
 import os
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,26 +55,109 @@ class Version:
     variant: str = "dualpipev"
     recompute: bool = False
     options: dict[str, Any] | None = field(default=None)
+    without: str = ""
+    torch: bool = False
 
 
 COMPILED = {"recompute": "off"}
 VERSIONS = {
     "plain, 1f1b": Version(1, "1f1b"),
+    "plain, by torch": Version(1, torch=True),
     "plain": Version(1),
+    "plain, without late receives": Version(1, without="late receives"),
+    "plain, without streams": Version(1, without="streams"),
+    "plain, without early sends": Version(1, without="early sends"),
+    "plain, without any": Version(1, without="early sends, streams"),
+    "plain, recompute": Version(1, recompute=True),
     "plain, compiled": Version(1, options=COMPILED),
+    "mhc, n = 2, by torch": Version(2, torch=True),
     "mhc, n = 2": Version(2),
+    "mhc, n = 2, without early sends": Version(2, without="early sends"),
+    "mhc, n = 2, without streams": Version(2, without="streams"),
     "mhc, 1f1b": Version(4, "1f1b"),
     "mhc, zb1p": Version(4, "zb1p"),
+    "mhc, by torch": Version(4, torch=True),
     "mhc": Version(4),
+    "mhc, without early sends": Version(4, without="early sends"),
+    "mhc, without late receives": Version(4, without="late receives"),
+    "mhc, without any": Version(4, without="early sends, streams"),
+    "mhc, without streams": Version(4, without="streams"),
     "mhc, recompute": Version(4, recompute=True),
+    "mhc, recompute, without early recompute": Version(4, recompute=True,
+                                                       without="early recompute"),
     "mhc, compiled": Version(4, options=COMPILED),
     "mhc, compiled, overlap": Version(4, options=COMPILED | {"overlap": True}),
-}
+    "mhc, compiled, recompute": Version(4, options={"recompute": "paper"}),
+}  # fmt: skip
 
 
 def loss_fn(result: Tensor, target: Tensor) -> Tensor:
     """The mean squared error of one microbatch."""
     return (result - target).float().square().mean()
+
+
+class Restricted(mc.PlanRunner):
+    """Without early sends (they leave after the pair), streams of its own, or early recompute.
+
+    Or with early receives, which are posted an action before they are waited for.
+    """
+
+    without = ""
+
+    def _act(self, action: Any, context: Any) -> None:
+        self._held: list[tuple[str, Any, int]] = []
+        if "streams" in self.without:
+            self._streams = {}
+        if "late receives" in self.without:
+            with self._stream_of((action.sub_actions or (action,))[0].stage_index):
+                self._receives.post_all()
+        super()._act(action, context)
+        for what, post, chunk in self._held:
+            with self._stream_of(post.__self__.stage_index):
+                super()._send(what, post, chunk)
+
+    def _send(self, what: str, post: Any, chunk: int) -> None:
+        if "early sends" in self.without:
+            self._held.append((what, post, chunk))
+        else:
+            super()._send(what, post, chunk)
+
+    def _recompute_ahead(self, stage: Any, chunk: int) -> None:
+        if "early recompute" not in self.without:
+            super()._recompute_ahead(stage, chunk)
+
+
+class TorchSchedule:
+    """torch's own ScheduleDualPipeV, with what `Pipeline` asks of a runner."""
+
+    def __init__(self, plan: mc.OverlapPlan, stages: Any, device: torch.device) -> None:
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import ScheduleDualPipeV
+
+        mine = sorted(stage for stage, _ in plan.layout.slots(dist.get_rank()))
+        self.modules = {k: stages[k] for k in mine}
+        self.device, self._streams, self.first = device, {}, 0 in self.modules
+        held = [PipelineStage(stages[k], k, plan.layout.stages, device) for k in mine]
+        self._schedule = ScheduleDualPipeV(
+            held, plan.microbatches, loss_fn=lambda out, target: loss_fn(out[0], target)
+        )
+
+    def step(self, inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+        """The first rank has the last stage too."""
+        losses: list[Tensor] = []
+        if self.first:
+            self._schedule.step(*inputs, target=target, losses=losses)
+        else:
+            self._schedule.step()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        if losses:
+            loss += torch.stack([x.detach().double() for x in losses]).mean()
+        dist.broadcast(loss, 0)
+        return loss
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's."""
+        return (p for m in self.modules.values() for p in m.parameters())
 
 
 class Pipeline:
@@ -90,7 +184,12 @@ class Pipeline:
             for stage, _ in self.plan.layout.slots(dist.get_rank()):
                 stages[stage].compile(backend="mhc", options=dict(version.options))
         self.serial = copy.deepcopy(self.serial)
-        self.runner = mc.PlanRunner(self.plan, stages, loss_fn, timeout=args.timeout)
+        self.runner: Any
+        if version.torch:
+            self.runner = TorchSchedule(self.plan, stages, torch.device(args.place))
+        else:
+            self.runner = Restricted(self.plan, stages, loss_fn, timeout=args.timeout)
+            self.runner.without = version.without
         rows = (args.batch * args.microbatches, args.length, channels)
         self.batch, self.target = (torch.randn(rows, device=device).to(dtype) for _ in range(2))
 
@@ -131,39 +230,58 @@ class Pipeline:
                 p.grad = None
         return found
 
-    def predicted(self) -> float:
-        """Milliseconds of the plan at measured costs; its pairs do not overlap."""
-        forward, backward = self._alone()
-        costs = {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2,
-                 "FB": forward + backward, "transfer": self._message()}  # fmt: skip
-        return float(self.plan.with_costs(costs).makespan)
+    def predicted(self) -> mc.OverlapPlan:
+        """The plan at measured costs, in milliseconds."""
+        forward, backward, pair = self._alone()
+        costs = {"F": forward, "B": backward, "I": backward / 2, "W": backward / 2, "FB": pair,
+                 "transfer": self._message()}  # fmt: skip
+        return self.plan.with_costs(costs)
 
-    def _alone(self) -> tuple[float, float]:
-        """Milliseconds of a forward and a backward of one stage, the largest of all ranks'."""
-        worst = [0.0, 0.0]
-        for number, module in self.runner.modules.items():
-            given = [self.example]
+    def _alone(self) -> tuple[float, float, float]:
+        """Milliseconds of a forward, a backward and a pair alone, the largest of all ranks'."""
+        modules = list(self.runner.modules.items())
+        given = {}
+        for number, _ in modules:
+            values = [self.example]
             if number:
                 empty = [spec.empty(self.runner.device) for spec in self.borders[number - 1]]
-                given = [torch.randn_like(x) for x in empty]
-            given = [x.detach().requires_grad_() for x in given]
+                values = [torch.randn_like(x) for x in empty]
+            given[number] = [x.detach().requires_grad_() for x in values]
 
-            def forward(module: nn.Module = module, given: list[Tensor] = given) -> list[Tensor]:
-                out = module(*given)
-                return list(out) if isinstance(out, tuple | list) else [out]
+        def forward(number: int) -> list[Tensor]:
+            out = self.runner.modules[number](*given[number])
+            return list(out) if isinstance(out, tuple | list) else [out]
 
-            def backward(out: list[Tensor]) -> None:
-                torch.autograd.backward(out, [torch.ones_like(x) for x in out])
+        def backward(out: list[Tensor]) -> None:
+            torch.autograd.backward(out, [torch.ones_like(x) for x in out])
 
-            seconds: list[tuple[float, float]] = []
+        def pair(first: int, second: int, out: list[Tensor]) -> Any:
+            with self._stream(first):
+                kept = forward(first)
+            with self._stream(second):
+                backward(out)
+            return kept
+
+        found = torch.zeros(3, dtype=torch.float64)
+        for k, (number, _) in enumerate(modules):
+            other = modules[k - 1][0]
+            seconds = []
             for _ in range(5):
-                out, first = timed(forward)
-                seconds.append((first, timed(lambda out=out: backward(out))[1]))
-            for k in range(2):
-                worst[k] = max(worst[k], statistics.median(each[k] for each in seconds))
-            for p in module.parameters():
-                p.grad = None
-        return most(worst[0], self.runner.device), most(worst[1], self.runner.device)
+                out, first = timed(lambda n=number: forward(n))
+                _, second = timed(lambda out=out: backward(out))
+                out = forward(other)
+                _, both = timed(lambda n=number, o=other, out=out: pair(n, o, out))
+                seconds.append((first, second, both))
+            medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
+            found = torch.maximum(found, torch.tensor(medians, dtype=torch.float64))
+        for p in self.runner.parameters():
+            p.grad = None
+        forward_ms, backward_ms, pair_ms = (most(float(x), self.runner.device) for x in found)
+        return forward_ms, backward_ms, pair_ms
+
+    def _stream(self, number: int) -> Any:
+        stream = self.runner._streams.get(number)
+        return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
     def _message(self) -> float:
         """Milliseconds of a border's way to the next rank and back, halved."""
@@ -198,6 +316,13 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return out, 1e3 * (time.perf_counter() - start)
 
 
+def free() -> None:
+    """Gives the memory of what is no longer used back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def most(value: float, device: torch.device) -> float:
     """The largest of all ranks' values."""
     whole = torch.tensor(value, dtype=torch.float64, device=device)
@@ -205,26 +330,83 @@ def most(value: float, device: torch.device) -> float:
     return float(whole)
 
 
+def record_step(pipeline: Pipeline) -> list[tuple[str, int, float, float]]:
+    """The kernels of one step on this rank: name, stream, start and end in microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    dist.barrier()
+    synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        pipeline.step()
+        synchronize()
+    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [(e.name, int(getattr(e, "device_resource_id", 0)), e.time_range.start,
+             e.time_range.end) for e in kernels]  # fmt: skip
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of a union of spans."""
+    total, end = 0.0, -math.inf
+    for a, b in sorted(spans):
+        total += max(0.0, b - max(a, end))
+        end = max(end, b)
+    return total
+
+
+def kernels_of(pipeline: Pipeline, name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of one step in which kernels compute, or messages alone run; and its trace."""
+    kernels = record_step(pipeline)
+    whole = covered((a, b) for _, _, a, b in kernels) / 1e3
+    busy = covered((a, b) for what, _, a, b in kernels if "nccl" not in what) / 1e3
+    device = pipeline.runner.device
+    if args.traces:
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, kernels)
+        if dist.get_rank() == 0:
+            write_trace(args.traces / f"{re.sub('[^a-z0-9]+', '_', name)}.json.gz", every)
+    return {"busy ms": -most(-busy, device), "nccl alone ms": most(whole - busy, device)}
+
+
+def write_trace(path: Path, ranks: list[list[tuple[str, int, float, float]]]) -> None:
+    """A trace for ui.perfetto.dev: a process a rank, a track a stream."""
+    begin = min((kernel[2] for kernels in ranks for kernel in kernels), default=0.0)
+    events = [
+        {"ph": "X", "pid": rank, "tid": stream, "name": re.sub(r"<.*|\(.*", "", name)[:40],
+         "ts": round(start - begin, 1), "dur": round(end - start, 1)}
+        for rank, kernels in enumerate(ranks) for name, stream, start, end in kernels
+    ]  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+
+
 def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row: checked, timed, predicted."""
     version = VERSIONS[name]
+    if version.torch and version.streams > 1 and torch.__version__ < "2.12":
+        # Its split backward adds up gradients of several results as if they were of one.
+        return {"status": "not run: torch's split backward fails before 2.12"}
     torch.compiler.reset()
     small = Pipeline(version, args, torch.float32, min(args.channels, 64))
     error = small.difference()
     del small
+    free()
     if not error <= CHECKED:
         return {"status": f"wrong: off by {error:.1e}", "error": error}
     torch.compiler.reset()
     pipeline = Pipeline(version, args, DTYPES[args.dtype], args.channels)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    times = pipeline.times(args.repeats)
+    times, device = pipeline.times(args.repeats), pipeline.runner.device
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    return {
-        "status": "ok", "error": error, "step ms": statistics.median(times), "times ms": times,
-        "predicted ms": pipeline.predicted(), "peak GiB": most(peak, pipeline.runner.device),
-        "bubble": float(pipeline.plan.bubble),
-    }  # fmt: skip
+    found = {"status": "ok", "error": error, "step ms": statistics.median(times),
+             "times ms": times, "peak GiB": most(peak, device)}  # fmt: skip
+    if torch.cuda.is_available():
+        found |= kernels_of(pipeline, name, args)
+    plan = pipeline.predicted()
+    costs = {k: float(getattr(plan.costs, k)) for k in ("F", "B", "FB", "transfer")}
+    return found | {"predicted ms": float(plan.makespan), "predicted idle ms": float(plan.bubble),
+                    "costs ms": costs}  # fmt: skip
 
 
 def main() -> None:
@@ -244,6 +426,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540, help="seconds; then nothing is begun")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
+    parser.add_argument("--traces", type=Path, help="a folder for each version's kernels")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU; --device cpu runs on CPU processes")
@@ -261,36 +444,45 @@ def main() -> None:
             {"status": f"not run: the budget of {args.budget:g} s is used up"} if late
             else run(name, args)
         )  # fmt: skip
+        free()
+        if dist.get_rank() == 0:
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+            write(rows, args)
     if dist.get_rank() == 0:
         report(rows, args)
     dist.destroy_process_group()
 
 
 def report(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Prints the table and writes the file."""
+    """Prints the table, writes the file."""
     plain = rows.get("plain", {}).get("step ms")
     body = []
     for name, row in rows.items():
         if row["status"] != "ok":
             body.append([name, row["status"]])
             continue
+        kernels = [f"{row[k]:.1f}" if k in row else "" for k in ("busy ms", "nccl alone ms")]
         body.append([
-            name, f"{row['step ms']:.2f}", f"{row['step ms'] / plain:.3f}" if plain else "",
-            f"{row['predicted ms']:.2f}", f"{row['step ms'] / row['predicted ms']:.2f}",
-            f"{row['bubble']:.2f}", f"{row['peak GiB']:.2f}", f"{row['error']:.0e}",
+            name, f"{row['step ms']:.1f}", f"{row['step ms'] / plain:.3f}" if plain else "",
+            f"{row['predicted ms']:.1f}", f"{row['step ms'] / row['predicted ms']:.2f}",
+            *kernels, f"{row['predicted idle ms']:.1f}", f"{row['peak GiB']:.1f}",
+            f"{row['error']:.0e}",
         ])  # fmt: skip
-    headers = ["version", "step ms", "x plain", "predicted ms", "of that", "planned bubble",
-               "peak GiB", "error"]  # fmt: skip
+    headers = ["version", "step ms", "x plain", "predicted ms", "of that", "busy ms",
+               "nccl alone ms", "predicted idle ms", "peak GiB", "error"]  # fmt: skip
     print(tabulate(body, headers, tablefmt="github", disable_numparse=True))
-    found = {
-        "ranks": dist.get_world_size(), "rows": rows,
-        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
-        "NCCL_NVLS_ENABLE": os.environ.get("NCCL_NVLS_ENABLE"),
-    }  # fmt: skip
     sizes = f"{args.microbatches} microbatches of {args.batch} x {args.length} tokens, {args.dtype}"
-    print(f"\n{found['ranks']} ranks, {args.blocks} blocks, C = {args.channels}, {sizes}")
+    ranks = dist.get_world_size()
+    print(f"\n{ranks} ranks, {args.blocks} blocks, C = {args.channels}, {sizes}")
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
-    write_json(args, found)
+    write(rows, args)
+
+
+def write(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
+    """The file, with what is there so far."""
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_NVLS_ENABLE")
+    setting = {name: os.environ.get(name) for name in names}
+    write_json(args, {"ranks": dist.get_world_size(), "rows": rows, **setting})
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,43 @@ from torch.distributed.pipelining import PipelineStage
 from mhc_compile.pipeline.split_backward import WeightWork, backward_inputs
 from mhc_compile.pipeline.stages import PipelineStages
 
+Key = tuple[int, str, int]
+"""A stage, "F" or "B", and a chunk: what a receive is for."""
+
+
+class Receives:
+    """A rank's receives: planned in the order of its plan, posted in that order, and late.
+
+    NCCL's kernels spin on multiprocessors from the moment at which a receive is posted, or a send,
+    until the other side is there, and slow down what computes beside them.
+    """
+
+    def __init__(self) -> None:
+        self._planned: list[tuple[Key, Callable[[], list[Any]]]] = []
+        self._posted: dict[Key, list[Any]] = {}
+
+    def plan(self, key: Key, post: Callable[[], list[Any]]) -> None:
+        """Adds one; `post` posts it."""
+        self._planned.append((key, post))
+
+    def post_all(self) -> None:
+        """Posts those that are planned."""
+        for key, post in self._planned:
+            self._posted[key] = post()
+        self._planned.clear()
+
+    def take(self, key: Key) -> list[Any]:
+        """Posts one and those before it, if they are not; returns what to wait for."""
+        while key not in self._posted and any(planned == key for planned, _ in self._planned):
+            first, post = self._planned.pop(0)
+            self._posted[first] = post()
+        return self._posted.pop(key, [])
+
+    def clear(self) -> None:
+        """Forgets what a step that failed left behind."""
+        self._planned.clear()
+        self._posted.clear()
+
 
 class ChunkStage(PipelineStage):
     """One of a rank's stages; it runs a chunk at a time.
@@ -22,11 +59,8 @@ class ChunkStage(PipelineStage):
     backward, so that a rank holds as many as its plan has in flight. Messages to higher ranks and
     to lower ones have a communicator each: within one, both sides post in the order of
     `OverlapPlan.messages`, so that one that works in order cannot deadlock. Receives are posted
-    here, one by one as sends are: torch 2.11's runtime would batch them, and NCCL has another
-    communicator for batches, in which no single send arrives.
-
-    Attributes:
-        receiving: receives that were posted, by "F" or "B" and chunk.
+    by `receives`, one by one as sends are: torch 2.11's runtime would batch them, and NCCL has
+    another communicator for batches, in which no single send arrives.
     """
 
     def __init__(
@@ -37,6 +71,7 @@ class ChunkStage(PipelineStage):
         group: dist.ProcessGroup | None,
         upwards: Any,
         downwards: Any,
+        receives: Receives,
     ) -> None:
         self._received = stages.borders[number - 1] if number else ()
         self._made = stages.borders[number]
@@ -49,7 +84,7 @@ class ChunkStage(PipelineStage):
         self._upwards, self._downwards = upwards, downwards
         self._weights: dict[int, WeightWork] = {}
         self._put_off: dict[int, Tensor | None] = {}
-        self.receiving: dict[tuple[str, int], list[Any]] = {}
+        self._receives = receives
 
     def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
         """Gives the module those of the model's inputs that it reads."""
@@ -106,24 +141,33 @@ class ChunkStage(PipelineStage):
         ]  # fmt: skip
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Posts the receives of what a chunk gets of the stage before; leaves none to torch."""
-        buffers = [spec.empty(self.device).detach() for spec in self._received]
-        self._receive("F", fwd_chunk_id, buffers, self.stage_index - 1)
-        infos = self.args_recv_info[fwd_chunk_id]
-        for info, spec, buffer in zip(infos, self._received, buffers, strict=True):
-            info.buffer = buffer.requires_grad_(spec.requires_grad)
+        """Plans the receives of what a chunk gets of the stage before; leaves none to torch."""
+
+        def post() -> list[Any]:
+            buffers = [spec.empty(self.device).detach() for spec in self._received]
+            works = self._receive(buffers, self.stage_index - 1)
+            infos = self.args_recv_info[fwd_chunk_id]
+            for info, spec, buffer in zip(infos, self._received, buffers, strict=True):
+                info.buffer = buffer.requires_grad_(spec.requires_grad)
+            return works
+
+        self._receives.plan((self.stage_index, "F", fwd_chunk_id), post)
         return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The same of what a chunk's backward gets of the next stage."""
-        self._make_room(bwd_chunk_id)
-        buffers = [info.buffer for info in self.grad_recv_info[bwd_chunk_id]]
-        self._receive("B", bwd_chunk_id, buffers, self.stage_index + 1)
+
+        def post() -> list[Any]:
+            self._make_room(bwd_chunk_id)
+            buffers = [info.buffer for info in self.grad_recv_info[bwd_chunk_id]]
+            return self._receive(buffers, self.stage_index + 1)
+
+        self._receives.plan((self.stage_index, "B", bwd_chunk_id), post)
         return []
 
     def clear_runtime_states(self) -> None:
         """Forgets what a step that failed left behind."""
-        kept = (self.fwd_cache, self.bwd_cache, self.output_chunks, self.receiving)
+        kept = (self.fwd_cache, self.bwd_cache, self.output_chunks)
         for state in (*kept, self._weights, self._put_off):
             state.clear()  # type: ignore[attr-defined]
         for chunk in self.args_recv_info:
@@ -170,10 +214,10 @@ class ChunkStage(PipelineStage):
         group = self._upwards if peer > self.group_rank else self._downwards
         return dist.isend(value.contiguous(), group=group, group_dst=peer)
 
-    def _receive(self, kind: str, chunk: int, buffers: Sequence[Tensor | None], stage: int) -> None:
+    def _receive(self, buffers: Sequence[Tensor | None], stage: int) -> list[Any]:
         peer = self.stage_index_to_group_rank[stage]
         group = self._downwards if peer > self.group_rank else self._upwards
-        self.receiving[kind, chunk] = [
+        return [
             dist.irecv(buffer, group=group, group_src=peer)
             for buffer in buffers if buffer is not None
         ]  # fmt: skip

@@ -22,6 +22,7 @@ from mhc_compile.pipeline.microbatches import split_inputs, split_target
 from mhc_compile.pipeline.placement import check_sizes, place_stage
 from mhc_compile.pipeline.shared_parameters import SharedParameters
 from mhc_compile.pipeline.stages import PipelineStages
+from mhc_compile.runtime.recompute import Calls, noted_calls, run_last_ahead
 from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class PlanRunner:
 
     torch's runtime walks through the plan; what an action does is here: a chunk waits for its
     message just before it reads it, and its result leaves as soon as it is there, within an
-    overlapped pair before the other half runs. On CUDA each of a rank's two stages of a V has a
+    overlapped pair before the other half runs. With `recompute=True` a chunk's last block runs
+    again before the chunk waits for its gradient. On CUDA each of a rank's two stages of a V has a
     stream of its own, so that the halves of a pair overlap.
 
     Args:
@@ -77,6 +79,7 @@ class PlanRunner:
         for module in (*self.modules.values(), stages.checks):
             place_stage(module, self.device)
         self._losses: dict[int, Tensor] = {}
+        self._recomputed: dict[tuple[int, int], Calls] = {}
         self._sends: list[tuple[str, Any]] = []
         self._computing: str | None = None
         self._board = FailureBoard(stages.signature()[:12], plan.ranks)
@@ -85,8 +88,9 @@ class PlanRunner:
 
     def _start(self, stages: PipelineStages, group: Any) -> None:
         # Not at the top: mhc_compile is imported where torch has no distributed package too.
-        from mhc_compile.pipeline.chunk_stage import ChunkStage
+        from mhc_compile.pipeline.chunk_stage import ChunkStage, Receives
 
+        self._receives = Receives()
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         self._upwards, self._downwards = self._new_group(ranks), self._new_group(ranks)
         check_agreement(self.plan, stages, self._upwards)
@@ -95,7 +99,9 @@ class PlanRunner:
         connect(neighbours(self.plan.layout) | self._shared.pairs, groups, self.device)
         self._shared.make_equal()
         self._stages = {
-            k: ChunkStage(stages, k, self.device, group, self._upwards, self._downwards)
+            k: ChunkStage(
+                stages, k, self.device, group, self._upwards, self._downwards, self._receives
+            )
             for k in self.modules
         }
         several = self.device.type == "cuda" and len(self._stages) > 1
@@ -136,6 +142,8 @@ class PlanRunner:
         inputs = split_inputs(self._splitting, inputs, count, self.device)
         targets = split_target(target, count, self.device)
         self._losses.clear()
+        self._recomputed.clear()
+        self._receives.clear()
         self._shared.begin()
         with self._explained("a step"), self._own_streams():
             for stage in self._stages.values():
@@ -179,12 +187,13 @@ class PlanRunner:
     def _forward(self, stage: ChunkStage, chunk: int, kind: str, context: Any) -> None:
         number = stage.stage_index
         self._runtime.fwd_recv_ops.pop((number, chunk), None)
-        self._wait(f"the input of {number}F{chunk}", stage.receiving.pop(("F", chunk), []))
+        self._wait(f"the input of {number}F{chunk}", self._receives.take((number, "F", chunk)))
         self._use(stage, chunk)
         with self._compute(f"{number}F{chunk}"):
-            values = stage.forward_one_chunk(
-                chunk, (), context.kwarg_mbs[chunk], save_forward_output=False
-            )
+            with noted_calls() as self._recomputed[number, chunk]:
+                values = stage.forward_one_chunk(
+                    chunk, (), context.kwarg_mbs[chunk], save_forward_output=False
+                )
             if stage.is_last:
                 loss = self._loss_fn(self._splitting.result(values), context.target_mbs[chunk])
                 self._losses[chunk] = loss / self.plan.microbatches
@@ -197,8 +206,9 @@ class PlanRunner:
     def _backward(self, stage: ChunkStage, chunk: int, kind: str, context: Any) -> None:
         number = stage.stage_index
         self._runtime.bwd_recv_ops.pop((number, chunk), None)
-        self._wait(f"the gradient for {number}{kind}{chunk}",
-                   stage.receiving.pop(("B", chunk), []))  # fmt: skip
+        works = self._receives.take((number, "B", chunk))
+        self._recompute_ahead(stage, chunk)
+        self._wait(f"the gradient for {number}{kind}{chunk}", works)
         self._use(stage, chunk)
         loss = self._losses.get(chunk) if stage.is_last else None
         with self._compute(f"{number}{kind}{chunk}"):
@@ -215,6 +225,13 @@ class PlanRunner:
     def _weights(self, stage: ChunkStage, chunk: int, kind: str, context: Any) -> None:
         with self._compute(f"{stage.stage_index}W{chunk}"):
             stage.backward_weight_one_chunk(chunk)
+
+    def _recompute_ahead(self, stage: ChunkStage, chunk: int) -> None:
+        """Runs the last block again before the gradient is there: it needs no message (4.3.3)."""
+        calls = self._recomputed.pop((stage.stage_index, chunk))
+        if not stage.is_last:
+            with self._compute(f"recomputing {stage.stage_index}F{chunk}"):
+                run_last_ahead(calls)
 
     # --- messages, streams, failures ------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -46,8 +48,36 @@ def recompute(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     frame = _Frame(function, args, kwargs)
+    if (calls := _noted.get()) is not None:
+        calls.append(weakref.ref(frame))
     with torch.autograd.graph.saved_tensors_hooks(frame.pack, _unpack):
         return function(*args, **kwargs)
+
+
+Calls = list["weakref.ref[_Frame]"]
+"""Calls of `recompute`, in their order."""
+_noted: ContextVar[Calls | None] = ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noted_calls() -> Iterator[Calls]:
+    """Notes the calls of `recompute` in a block of code, for `run_last_ahead`."""
+    calls: Calls = []
+    token = _noted.set(calls)
+    try:
+        yield calls
+    finally:
+        _noted.reset(token)
+
+
+def run_last_ahead(calls: Calls) -> None:
+    """Computes again what the last call's backward needs, before there is a gradient for it.
+
+    That call is the first in the backward, so that no more memory is held than there, but longer.
+    """
+    frame = calls[-1]() if calls else None
+    if frame is not None and frame.values is None:
+        frame.values = frame.run()
 
 
 class _Frame:

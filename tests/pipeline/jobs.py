@@ -105,9 +105,10 @@ def count_calls(runner):
 
 
 def order_of_events(variant, microbatches):
-    """Starts and ends of chunks and posted sends on this rank, in order."""
-    runner, _, batch, target = prepare("nanogpt", variant, microbatches)
+    """Starts and ends of chunks, waits and posted sends on this rank, in order."""
+    runner, _, batch, target = prepare("nanogpt", variant, microbatches, recompute=True)
     events, held, compute, send = [], [0], runner._compute, runner._send
+    wait = runner._wait
 
     @contextlib.contextmanager
     def noted(action):
@@ -122,11 +123,16 @@ def order_of_events(variant, microbatches):
         events.append(f"send {what}")
         send(what, post, chunk)
 
-    runner._compute, runner._send = noted, sent
+    def waited(what, works):
+        events.append(f"wait for {what}")
+        wait(what, works)
+
+    runner._compute, runner._send, runner._wait = noted, sent, waited
     runner.step(batch, target)
     left = [stage.tensors_of(k) for stage in runner._stages.values() for k in range(microbatches)]
     return {
         "events": events, "plan": runner.plan.actions_as_text()[RANK], "held": max(held),
+        "last": runner.plan.layout.stages - 1,
         "in_flight": runner.plan.peak_in_flight[RANK], "left": sum(map(len, left)),
     }  # fmt: skip
 

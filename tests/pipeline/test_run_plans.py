@@ -62,11 +62,18 @@ def check_training(ranks, cases):
 
 
 def check_early_sends(found):
-    """A chunk's result leaves at once, in a pair before the other half begins."""
+    """A chunk's result leaves at once, in a pair before the other half begins.
+
+    Its last block runs again before it waits for the gradient.
+    """
     events, pairs = found["events"], 0
     for at, event in enumerate(events):
         if event.startswith("send "):
             assert events[at - 1] == f"end {event.split()[-1]}"
+        if event.startswith("wait for the gradient for "):  # recompute needs no message
+            stage, chunk = re.fullmatch(r"(\d+)[BI](\d+)", event.split()[-1]).groups()
+            ahead = f"end recomputing {stage}F{chunk}"
+            assert (events[at - 1] == ahead) == (stage != str(found["last"]))
     for cell in found["plan"]:
         if cell.endswith("OVERLAP_F_B"):
             forward, backward = cell[1:].split(")")[0].split(";")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mhc_compile as mc
-from mhc_compile.runtime.recompute import recompute
+from mhc_compile.runtime.recompute import noted_calls, recompute, run_last_ahead
 
 
 class Counted(nn.Module):
@@ -50,6 +50,40 @@ def test_same_as_without(dtype):
     assert net.runs == 2
     for a, b in zip(wanted, [y.detach(), x.grad, scale.grad, net.layer.weight.grad], strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_last_call_runs_ahead():
+    nets, x = [Counted() for _ in range(2)], torch.randn(4, 8, requires_grad=True)
+    scale = {"s": torch.rand(8)}
+    torch.manual_seed(3)
+    wanted = x
+    for net in nets:
+        wanted = net({"a": (wanted,)}, scale=scale)["y"]
+    (right,) = torch.autograd.grad(wanted.square().sum(), x)
+    torch.manual_seed(3)
+    y = x
+    with noted_calls() as calls:
+        for net in nets:
+            y = recompute(net, {"a": (y,)}, scale=scale)["y"]
+    assert len(calls) == 2
+    for _ in range(2):  # a second time there is nothing to do
+        run_last_ahead(calls)
+        assert [net.runs for net in nets] == [2, 3]
+    torch.rand(3)
+    y.square().sum().backward()
+    assert [net.runs for net in nets] == [3, 3] and torch.equal(x.grad, right)
+    del y
+    run_last_ahead(calls)  # nor where the graph is gone, or nothing was called
+    run_last_ahead([])
+    assert [net.runs for net in nets] == [3, 3] and calls[-1]() is None
+
+
+def test_calls_are_noted_inside_alone():
+    net, x = Counted(), torch.randn(4, 8, requires_grad=True)
+    with noted_calls() as calls:
+        pass
+    recompute(net, {"a": (x,)}, scale={"s": torch.ones(8)})
+    assert calls == []
 
 
 def test_it_keeps_its_arguments_alone():
