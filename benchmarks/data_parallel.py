@@ -21,9 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import readme_table
 import torch
 import torch.distributed as dist
-from tabulate import tabulate
 from timing import DTYPES, machine, write_json
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -181,29 +181,6 @@ def run(name: str, wrapper: str, args: argparse.Namespace, place: torch.device) 
         return {"status": failure(error)}
 
 
-def report(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Prints the table, writes the file."""
-    body = []
-    for key, row in rows.items():
-        wrapper, name = key.split(": ")
-        if row["status"] != "ok":
-            body.append([wrapper, name, row["status"]])
-            continue
-        base = "plain, eager" if name.endswith("eager") else "plain"
-        plain = rows.get(f"{wrapper}: {base}", {}).get("step ms")
-        body.append([
-            wrapper, name, f"{row['step ms']:.1f}",
-            f"{row['step ms'] / plain:.3f}" if plain else "", f"{row['peak GiB']:.1f}",
-            f"{row['error']:.0e}",
-        ])  # fmt: skip
-    headers = ["wrapper", "version", "step ms", "x plain", "peak GiB", "error"]
-    print(tabulate(body, headers, tablefmt="github", disable_numparse=True))
-    sizes = f"{args.batch} x {args.length} tokens a rank, n = {args.streams}, {args.dtype}"
-    print(f"\n{dist.get_world_size()} ranks, {args.blocks} blocks, C = {args.channels}, {sizes}")
-    print(", ".join(f"{k} {v}" for k, v in machine().items()))
-    write_json(args, {"ranks": dist.get_world_size(), "rows": rows})
-
-
 def main() -> None:
     """Checks, times, prints on rank 0."""
     parser = argparse.ArgumentParser(
@@ -245,7 +222,8 @@ def main() -> None:
                 print(f"{wrapper}: {name}: {time.perf_counter() - start:.0f} s", flush=True)
                 write_json(args, {"ranks": dist.get_world_size(), "rows": rows})
     if dist.get_rank() == 0:
-        report(rows, args)
+        setting = {"setting": vars(args) | machine()}
+        print(readme_table.data_parallel(setting | {"ranks": dist.get_world_size(), "rows": rows}))
     dist.destroy_process_group()
 
 

@@ -34,9 +34,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import readme_table
 import torch
 import torch.distributed as dist
-from tabulate import tabulate
 from timing import DTYPES, machine, write_json
 from torch import Tensor, nn
 from training_models import build, make_shape
@@ -449,40 +449,17 @@ def main() -> None:
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
             write(rows, args)
     if dist.get_rank() == 0:
-        report(rows, args)
+        print(readme_table.pipeline(write(rows, args)))
     dist.destroy_process_group()
 
 
-def report(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """Prints the table, writes the file."""
-    plain = rows.get("plain", {}).get("step ms")
-    body = []
-    for name, row in rows.items():
-        if row["status"] != "ok":
-            body.append([name, row["status"]])
-            continue
-        kernels = [f"{row[k]:.1f}" if k in row else "" for k in ("busy ms", "nccl alone ms")]
-        body.append([
-            name, f"{row['step ms']:.1f}", f"{row['step ms'] / plain:.3f}" if plain else "",
-            f"{row['predicted ms']:.1f}", f"{row['step ms'] / row['predicted ms']:.2f}",
-            *kernels, f"{row['predicted idle ms']:.1f}", f"{row['peak GiB']:.1f}",
-            f"{row['error']:.0e}",
-        ])  # fmt: skip
-    headers = ["version", "step ms", "x plain", "predicted ms", "of that", "busy ms",
-               "nccl alone ms", "predicted idle ms", "peak GiB", "error"]  # fmt: skip
-    print(tabulate(body, headers, tablefmt="github", disable_numparse=True))
-    sizes = f"{args.microbatches} microbatches of {args.batch} x {args.length} tokens, {args.dtype}"
-    ranks = dist.get_world_size()
-    print(f"\n{ranks} ranks, {args.blocks} blocks, C = {args.channels}, {sizes}")
-    print(", ".join(f"{k} {v}" for k, v in machine().items()))
-    write(rows, args)
-
-
-def write(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
-    """The file, with what is there so far."""
+def write(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """Writes the file, with what is there so far, and returns its content."""
     names = ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_NVLS_ENABLE")
-    setting = {name: os.environ.get(name) for name in names}
-    write_json(args, {"ranks": dist.get_world_size(), "rows": rows, **setting})
+    found = {"ranks": dist.get_world_size(), "rows": rows}
+    found |= {name: os.environ.get(name) for name in names}
+    write_json(args, found)
+    return {"setting": vars(args) | machine(), **found}
 
 
 if __name__ == "__main__":

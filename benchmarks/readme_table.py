@@ -1,9 +1,11 @@
 """Writes the README's section of measurements from the JSON files of other benchmarks.
 
 What stands between the two marks is replaced by one table a file, of end_to_end.py, memory.py,
-seam.py and training_check.py; without files nothing is changed.
+seam.py, training_check.py, pipeline_steps.py, data_parallel.py; without files nothing changes.
 
-    python benchmarks/readme_table.py benchmarks/results/*.json
+    cd benchmarks/results
+    python ../readme_table.py seam.json dense_4096.json moe_27b.json training_check.json
+    python ../readme_table.py pipeline*.json data_parallel*.json --page ../../docs/several_gpus.md
     python benchmarks/readme_table.py out/dense.json --page docs/backend.md
 """
 
@@ -121,8 +123,59 @@ def training(found: Found) -> str:
     )
 
 
+def pipeline(found: Found) -> str:
+    """A table of a pipeline's steps beside the plan's prediction."""
+    s, rows, body = found["setting"], found["rows"], []
+    plain = rows.get("plain", {}).get("step ms")
+    for name, row in rows.items():
+        if row["status"] != "ok":
+            body.append([name, row["status"], *[""] * 8])
+            continue
+        step, low, high = row["step ms"], min(row["times ms"]), max(row["times ms"])
+        kernels = [f"{row[k]:.0f}" if k in row else "" for k in ("busy ms", "nccl alone ms")]
+        body.append([
+            name, f"{step:.0f} ({low:.0f} to {high:.0f})", f"{step / plain:.3f}" if plain else "",
+            f"{row['predicted ms']:.0f}", f"{step / row['predicted ms']:.2f}", *kernels,
+            f"{row['predicted idle ms']:.0f}", f"{row['peak GiB']:.1f}", f"{row['error']:.0e}",
+        ])  # fmt: skip
+    headers = ["version", "step ms (range)", "x plain", "predicted ms", "of that", "busy ms",
+               "nccl alone ms", "predicted idle ms", "peak GiB", "error"]  # fmt: skip
+    title = (
+        f"{found['ranks']} ranks, dense, C = {s['channels']}, {s['blocks']} blocks, "
+        f"{s['microbatches']} microbatches of {s['batch']} x {s['length']} tokens, {s['dtype']}"
+    )
+    return f"{title}; {where(found)}:\n\n{markdown(headers, body)}"
+
+
+def data_parallel(found: Found) -> str:
+    """A table of steps under DDP and FSDP2."""
+    s, rows, body = found["setting"], found["rows"], []
+    for key, row in rows.items():
+        wrapper, name = key.split(": ")
+        if row["status"] != "ok":
+            body.append([wrapper, name, row["status"], "", "", ""])
+            continue
+        base = "plain, eager" if name.endswith("eager") else "plain"
+        plain = rows.get(f"{wrapper}: {base}", {}).get("step ms")
+        ratio = f"{row['step ms'] / plain:.3f}" if plain else ""
+        body.append([wrapper, name, f"{row['step ms']:.1f}", ratio, f"{row['peak GiB']:.1f}",
+                     f"{row['error']:.0e}"])  # fmt: skip
+    headers = ["wrapper", "version", "step ms", "x plain", "peak GiB", "error"]
+    title = (
+        f"{found['ranks']} ranks, AdamW, dense, C = {s['channels']}, {s['blocks']} blocks, "
+        f"{s['batch']} x {s['length']} tokens a rank, n = {s['streams']}, {s['dtype']}"
+    )
+    return f"{title}; {where(found)}:\n\n{markdown(headers, body)}"
+
+
+def several(found: Found) -> str:
+    """A table of several GPUs."""
+    return pipeline(found) if "microbatches" in found["setting"] else data_parallel(found)
+
+
 KINDS: tuple[tuple[str, Callable[[Found], str]], ...] = (
-    ("flops", end_to_end), ("compared", training), ("sizes", seam), ("rows", memory),
+    ("flops", end_to_end), ("compared", training), ("sizes", seam),
+    ("ranks", several), ("rows", memory),
 )  # fmt: skip
 """The key by which a file is known, the first that it has."""
 
@@ -138,7 +191,7 @@ def section(paths: Sequence[Path]) -> str:
         found = json.loads(path.read_text())
         kinds = [write for key, write in KINDS if key in found]
         if not kinds or "setting" not in found:
-            raise SystemExit(f"{path} was not written by end_to_end, memory, seam, training_check")
+            raise SystemExit(f"{path} was not written by one of these benchmarks")
         parts.append(kinds[0](found))
     return "\n\n".join(parts)
 

@@ -6,8 +6,11 @@ that hooks, deepcopy, `.to()`, adapters on submodules and gradient checkpointing
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
 import linecache
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -300,16 +303,22 @@ def _generate(
     rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], traced: TracedBlock
 ) -> Variant:
     code = graph.python_code("self")
-    count = sum(map(len, rewrite.variants.values()))
-    name = (
-        f"<mhc_compile {rewrite.original.__name__} {rewrite.plan.name!r} #{count} {id(rewrite):x}>"
-    )
     scope = dict(code.globals)
-    exec(compile(code.src, name, "exec"), scope)
-    linecache.cache[name] = (len(code.src), None, code.src.splitlines(keepends=True), name)
+    exec(_compiled(rewrite.original.__name__, code.src), scope)
     modes = any(n.target in (set_grad_mode, enter_autocast) for n in graph.nodes)
     function = scope["forward"]
     return Variant(code.src.strip(), function, order, traced.writes, traced.kind, modes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(label: str, source: str) -> types.CodeType:
+    """The code of a generated module; the same for blocks alike, so that Dynamo compiles them once.
+
+    It would compile a block of its own for each code object, and none beyond its limit.
+    """
+    name = f"<mhc_compile {label} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    return compile(source, name, "exec")
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def test_two_processes(tmp_path):
     for row in found["rows"].values():
         assert row["status"] == "ok" and row["error"] < 1e-6
         assert row["step ms"] > 0 and row["predicted ms"] > 0
-    assert "| mhc" in done.stdout and "2 ranks, 4 blocks, C = 16" in done.stdout
+    assert "| mhc" in done.stdout and "2 ranks, dense, C = 16, 4 blocks" in done.stdout
 
 
 def test_a_wrong_gradient_is_not_timed(tmp_path):

@@ -36,6 +36,22 @@ FILES = {
             },
         }]
     },
+    "pipeline": {
+        "ranks": 2,
+        "rows": {
+            "plain": {"status": "ok", "step ms": 400.0, "times ms": [390.0, 410.0], "error": 1e-9,
+                      "predicted ms": 500.0, "predicted idle ms": 7.0, "peak GiB": 1.5},
+            "mhc": {"status": "not run"},
+        },
+    },
+    "data": {
+        "ranks": 2,
+        "rows": {
+            "ddp: plain": {"status": "ok", "step ms": 10.0, "peak GiB": 1.0, "error": 0.0},
+            "ddp: mhc": {"status": "ok", "step ms": 11.5, "peak GiB": 2.5, "error": 0.0},
+            "fsdp: mhc": {"status": "wrong"},
+        },
+    },
     "check": {"compared": {"difference": 1e-3, "standard error": 2e-3}, "differs": ""},
 }  # fmt: skip
 
@@ -49,7 +65,8 @@ def page(tmp_path):
 
 def written(tmp_path, name):
     path = tmp_path / f"{name}.json"
-    path.write_text(json.dumps({"setting": SETTING, **FILES[name]}))
+    own = {"microbatches": 8} if name == "pipeline" else {}
+    path.write_text(json.dumps({"setting": SETTING | own, **FILES[name]}))
     return str(path)
 
 
@@ -62,6 +79,8 @@ def test_all_kinds(tmp_path, page):
     assert "2, 1, 1" in text and "2.00" in text
     assert "0.25" in text and "theirs" not in text
     assert "differ by +0.0010 on average" in text and "equal in every bit" in text
+    assert "400 (390 to 410)" in text and "0.80" in text and "not run" in text
+    assert "1.150" in text and "2.5" in text and "wrong" in text
     main([written(tmp_path, "check"), "--page", str(page)])  # again: the section is replaced
     assert "| mhc" not in page.read_text() and page.read_text().count(BEGIN) == 1
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from models import WIDTH, largest, logits, perturb
+from models import WIDTH, NanoGPT, largest, logits, perturb, tokens
 from torch.utils.checkpoint import checkpoint
 from zoo import KINDS, assert_lengths_equal, result, transformed
 
@@ -31,6 +31,24 @@ def built(name, dropout=0.0, **overrides):
     overrides = {"sinkhorn_iters": 2, "streams": 3, **overrides}
     model = mc.transform(kind.build(dropout=dropout), example_inputs=kind.inputs(), **overrides)
     return perturb(model), kind
+
+
+def test_blocks_alike_are_compiled_once():
+    """Each block by itself: the first, which expands, the last, and one for all in between."""
+    graphs, depth = [], 11  # more than Dynamo would compile one by one
+    model = perturb(mc.transform(NanoGPT(depth=depth), example_inputs=(tokens(2, 8),), streams=2))
+    idx = tokens(3, 8, seed=4)
+    wanted = model(idx)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    blocks = [block for block in model.modules() if hasattr(block, "mhc")]
+    for block in blocks:
+        block.compile(backend=backend)
+    assert torch.equal(model(idx), wanted)
+    assert len(blocks) == depth and len(graphs) == 3
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
