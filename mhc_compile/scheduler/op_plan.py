@@ -133,14 +133,21 @@ class OpPlan:
         return cls(costs, high, tuple(orders))
 
 
-def plan_ops(costs: OpCosts) -> OpPlan:
+def plan_ops(costs: OpCosts, high_priority: bool | None = None) -> OpPlan:
     """Searches the order of every kind of action.
 
-    F_post,res of MLP sublayers gets the hp server, as in Sec. 4.3.3, unless the pair is faster
-    without it. The plain order, with everything on one compute stream, is among the candidates.
+    The plain order, with everything on one compute stream, is among the candidates.
+
+    Args:
+        costs: of the ops.
+        high_priority: whether F_post,res of MLP sublayers gets the hp server (Sec. 4.3.3); None
+            gives it that unless the pair is faster without.
     """
-    pairs = {high: search_order(_problem(costs, "FB", high)) for high in (True, False)}
-    high = pairs[True][1].makespan <= pairs[False][1].makespan * (1 + 1e-9)
+    choices = (True, False) if high_priority is None else (high_priority,)
+    pairs = {high: search_order(_problem(costs, "FB", high)) for high in choices}
+    high = choices[0]
+    if high_priority is None:
+        high = pairs[True][1].makespan <= pairs[False][1].makespan * (1 + 1e-9)
     orders = [
         pairs[high][0] if kind == "FB"
         else search_order(_problem(costs, kind, high), ALONE_TRIES)[0]
