@@ -96,13 +96,15 @@ def _name_tracks(rank: int, tracks: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def _arrows(plan: OverlapPlan, unit_us: float) -> list[dict[str, Any]]:
-    """An arrow from the end of the action that sends to the start of the one that reads."""
+    """An arrow from the action that sends to where the one that reads needs it."""
     events: list[dict[str, Any]] = []
     start, middle = plan.timeline.start, (plan.timeline.start + plan.timeline.end) / 2
     for number, message in enumerate(plan.messages()):
         common = {"name": f"{message.kind}{message.microbatch}", "cat": "message", "id": number}
         sent = middle[message.source, message.sent_after]  # an arrow starts inside a slice
-        read = start[message.target, message.needed_by]
+        reader = plan.actions[message.target][message.needed_by]
+        part = next(p.kind for p in reader.parts if (p.kind == "F") == (message.kind == "F"))
+        read = start[message.target, message.needed_by] + plan.costs.needed(reader.kind, part)
         for time, rank, how in (
             (sent, message.source, {"ph": "s"}),
             (read, message.target, {"ph": "f", "bp": "e"}),

@@ -36,6 +36,7 @@ def closed_form(layout: Layout, costs: Costs) -> ClosedForm:
     P, M, c = layout.ranks, layout.microbatches, costs  # noqa: N806
     split = math.isclose(c.B, c.I + c.W)
     instant = c.latency == c.transfer == 0 and c.f_ready == c.b_ready == c.FB
+    instant = instant and c.f_needed == c.b_needed == c.g_needed == 0
     if layout.variant == "1f1b":
         bubble = (P - 1) * (c.F + c.B)
         return ClosedForm(

@@ -27,9 +27,13 @@ class Costs:
         transfer: besides, how long it keeps its sender's link busy; the next one waits.
         f_ready: when an "FB"'s forward output can be sent, counted from its start; None: its end.
         b_ready: the same of its backward.
+        f_needed: when an "FB" first reads its forward's input, counted from its start.
+        b_needed: the same of its backward's gradient.
+        g_needed: the same of a "B" or "I": recompute before it needs no message (Sec. 4.3.3).
 
     Raises:
-        ConfigError: a duration is negative, infinite or not a number.
+        ConfigError: a duration is negative, infinite or not a number, or something is needed after
+            the end.
     """
 
     F: float = 1.0
@@ -41,6 +45,9 @@ class Costs:
     transfer: float = 0.0
     f_ready: float = None  # type: ignore[assignment]  # resolved in __post_init__
     b_ready: float = None  # type: ignore[assignment]
+    f_needed: float = 0.0
+    b_needed: float = 0.0
+    g_needed: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -48,6 +55,19 @@ class Costs:
             if value is None and field.name in ("f_ready", "b_ready"):
                 value = self.FB
             object.__setattr__(self, field.name, check_duration(field.name, value))
+        for name, end in (("f_needed", self.FB), ("b_needed", self.FB),
+                          ("g_needed", min(self.B, self.I))):  # fmt: skip
+            if getattr(self, name) > end:
+                raise ConfigError(
+                    f"cost {name} must be at most {end:g}, the end of its action, got "
+                    f"{getattr(self, name):g}"
+                )
+
+    def needed(self, kind: str, part: str) -> float:
+        """When an action of a kind first reads the input of its part "F", "B" or "I"."""
+        if kind == "FB":
+            return self.f_needed if part == "F" else self.b_needed
+        return self.g_needed if part in ("B", "I") else 0.0
 
     def of_kinds(self) -> np.ndarray:
         """Durations in the order of `KINDS`."""

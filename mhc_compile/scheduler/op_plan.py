@@ -82,14 +82,23 @@ class OpPlan:
     def action_costs(self) -> Costs:
         """Durations of the actions: up to their last op that is no send.
 
-        Messages are transfers; a pair's outputs are ready when the pair's run sends them.
+        Messages are transfers; a pair's outputs are ready when its run sends them, and inputs are
+        needed when the first op behind their receive begins.
         """
         work = {kind: end_of_work(self.problems[kind], run) for kind, run in self.runs.items()}
         pair, index = self.runs["FB"], self.problems["FB"].index
         return Costs(
             **work, transfer=self.costs.send,
             f_ready=pair.start[index["F.send"]], b_ready=pair.start[index["B.send"]],
+            f_needed=self._needed("FB", "F"), b_needed=self._needed("FB", "B"),
+            g_needed=min(self._needed("B", "B"), self._needed("I", "B")),
         )  # fmt: skip
+
+    def _needed(self, kind: str, chunk: str) -> float:
+        """When an action first reads what a chunk received, were its message there at once."""
+        problem, run = self.problems[kind], self.runs[kind]
+        readers = problem.readers[problem.index[f"{chunk}.recv"]]
+        return max(0.0, min(run.start[op] for op in readers) - self.costs.recv)
 
     @cached_property
     def comparisons(self) -> dict[str, float]:

@@ -45,10 +45,11 @@ class Timeline:
 def simulate(layout: Layout, orders: Orders, costs: Costs) -> Timeline:
     """Runs each rank's actions in order, each as soon as the one before it and its inputs allow.
 
-    Sends are asynchronous, receives block. A rank's messages leave one after another, in the
-    order of its actions, of a pair's two the one that is ready first. In every round all ranks
-    whose next action has its inputs advance by one, as arrays over the ranks: O(longest + stages)
-    rounds of O(P).
+    An action may begin before its inputs are there, by as much as it reads them later. Sends are
+    asynchronous, receives block. A rank's messages leave one after another, in the order of its
+    actions, of a pair's two the one that is ready first. In every round all ranks whose next
+    action has its inputs advance by one, as arrays over the ranks: O(longest + stages) rounds of
+    O(P).
 
     Raises:
         PlanError: no rank can go on (a deadlock), with what each of the first ones waits for.
@@ -74,9 +75,11 @@ def simulate(layout: Layout, orders: Orders, costs: Costs) -> Timeline:
         fs, fm = orders.f_stage[active, at], orders.f_microbatch[active, at]
         bs, bm = orders.b_stage[active, at], orders.b_microbatch[active, at]
         back = (bs >= 0) & (kind != W)
-        ready = free[active]
-        ready = np.where(fs > 0, np.maximum(ready, f_done[np.maximum(fs - 1, 0), fm]), ready)
+        ready, pair = free[active], kind == FB
+        below = f_done[np.maximum(fs - 1, 0), fm] - np.where(pair, costs.f_needed, 0.0)
+        ready = np.where(fs > 0, np.maximum(ready, below), ready)
         above = b_done[np.minimum(bs + 1, last_stage), bm]
+        above = above - np.where(pair, costs.b_needed, costs.g_needed)
         ready = np.where(back & (bs < last_stage), np.maximum(ready, above), ready)
         own = np.where(kind == W, b_done[bs, bm], f_done[bs, bm])
         ready = np.where((bs >= 0) & ~np.isfinite(own), np.inf, ready)

@@ -179,6 +179,8 @@ def test_plan_of_ops():
     late = {kind: getattr(plan.costs, kind) for kind in KINDS} | {"transfer": plan.costs.transfer}
     assert plan.makespan < plan.simulate(late).makespan  # an early send is worth something
     assert plan.costs.f_ready < plan.costs.FB and not plan.closed_form.holds
+    # A backward alone begins with its recompute, which needs no message.
+    assert plan.costs.g_needed == plan.ops.costs.recompute * plan.ops.costs.layers > 0
     text = str(plan)
     assert "provenance" in text and "modelled" in text and "critical path" in text
 

@@ -40,6 +40,8 @@ def test_sizes(arguments, message):
         ({"F": 1, "B": 2, "I": 1, "W": float("nan"), "FB": 3}, "cost W must be a finite number"),
         ({"F": 1, "B": 2, "I": 1, "W": 1, "FB": float("inf")}, "cost FB must be a finite"),
         ({"F": 1, "B": 2, "I": 1, "W": 1, "FB": "3"}, "cost FB .* got '3'"),
+        ({"F": 1, "I": 1, "W": 1, "g_needed": 1.5}, "cost g_needed must be at most 1, the end"),
+        ({"F": 1, "I": 1, "W": 1, "f_needed": 4}, "cost f_needed must be at most 3, .* got 4"),
         ({"F": True, "B": 2, "I": 1, "W": 1}, "cost F .* got True"),
         ({"F": None, "B": 2, "I": 1, "W": 1}, "cost F .* got None"),
         ({"F": 1, "B": 1, "W": 2}, "cost I must be .* at least 0, got -1"),

@@ -38,11 +38,14 @@ def simulate_slowly(plan, costs):
 
     def advance(rank):
         action = plan.actions[rank][len(spans[rank])]
-        needs = [key for part in action.parts for key in inputs(part)]
-        if not all(key in arrived for key in needs):
+        later = {"F": costs.f_needed, "B": costs.b_needed} if action.kind == "FB" else {
+            "F": 0.0, "B": costs.g_needed, "I": costs.g_needed
+        }  # fmt: skip
+        needs = [(key, later[part.kind]) for part in action.parts for key in inputs(part)]
+        if not all(key in arrived for key, _ in needs):
             return False
         free = spans[rank][-1][1] if spans[rank] else 0.0
-        start = max([free, *(arrived[key] for key in needs)])
+        start = max([free, *(arrived[key] - late for key, late in needs)])
         end = start + getattr(costs, action.kind)
         spans[rank].append((start, end))
         outputs = [(end, part) for part in action.parts if part.kind != "W"]
@@ -63,11 +66,16 @@ def simulate_slowly(plan, costs):
     return spans
 
 
-@given(sizes(), *[times] * 7, st.floats(0, 1), st.floats(0, 1))
+@given(sizes(), *[times] * 7, *[st.floats(0, 1)] * 5)
 @settings(max_examples=150, deadline=None)
-def test_against_one_action_at_a_time(size, f, b, i, w, fb, latency, transfer, early, late):
+def test_against_one_action_at_a_time(
+    size, f, b, i, w, fb, latency, transfer, early, late, f_needed, b_needed, g_needed
+):
     variant, ranks, microbatches = size
-    costs = Costs(f, b, i, w, fb, latency, transfer, f_ready=early * fb, b_ready=late * fb)
+    costs = Costs(
+        f, b, i, w, fb, latency, transfer, f_ready=early * fb, b_ready=late * fb,
+        f_needed=f_needed * fb, b_needed=b_needed * fb, g_needed=g_needed * min(b, i),
+    )  # fmt: skip
     plan = mc.plan_pipeline(ranks, microbatches, variant=variant, costs=costs)
     expected = simulate_slowly(plan, costs)
     for rank, spans in enumerate(expected):
