@@ -310,9 +310,8 @@ class KernelCalls:
                        device=self.device)
             for name, value in like.items()
         }  # fmt: skip
-        missing = sums  # read by no program
-        phi = missing if phi_shares is None else phi_shares
-        groups = 0 if phi_shares is None else phi.shape[0]
+        # Of no groups no program reads anything.
+        phi, groups = (sums, 0) if phi_shares is None else (phi_shares, phi_shares.shape[0])
         self.run(
             spec, sums, out["bias"], out["alpha"], affine[0], out.get("weight"), affine[1],
             out.get("shift"), phi, out["phi"], dots, out.get("res"), out.get("post"),

@@ -43,11 +43,8 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
 
 def affine_sums(weight: bool, shift: bool) -> dict[str, Any]:
     """The fields of "add_shares" for a norm that has these; which norm makes no difference."""
-    return {
-        "norm": "layer" if shift else "rms" if weight else "none",
-        "weight": weight,
-        "shift": shift,
-    }
+    norm = "layer" if shift else "rms" if weight else "none"
+    return {"norm": norm, "weight": weight, "shift": shift}
 
 
 def kernel_set(
@@ -87,14 +84,11 @@ def kernel_set(
         specs.append(replace(spec, tile=choose_tile(spec, tokens)))
     # What some add up are the parts of the kernels before.
     tiles = {spec.op: spec.tile for spec in specs}
-    parts, last = (
-        tiles["project"].parts,
-        "seam_backward" if "seam_backward" in tiles else "mix_backward",
-    )
+    products, dots = tiles["project"], tiles.get("seam_backward") or tiles["mix_backward"]
     given: dict[str, dict[str, Any]] = {
-        "gates": {"parts": parts},
-        "read": {"shares": parts},
-        "add_shares": {"parts": tiles[last].parts, "tokens": tiles["gates_backward"].tokens},
+        "gates": {"parts": products.parts},
+        "read": {"shares": products.parts},
+        "add_shares": {"parts": dots.parts, "tokens": tiles["gates_backward"].tokens},
     }
     return tuple(
         replace(spec, tile=replace(spec.tile, **given[spec.op])) if spec.op in given else spec

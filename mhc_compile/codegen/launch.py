@@ -218,14 +218,8 @@ def _gates_backward(
     """dh, scale and shares of the parameters' gradients; pre's gradient is the sum of `terms`."""
     terms = terms or [call.by_component(None, call.n)]
     g_pre = terms[0].unsqueeze(0) if len(terms) == 1 else torch.stack(terms)
-    return call.gates_backward(
-        proj,
-        square,
-        *parameters,
-        g_pre,
-        call.by_component(g_post, call.n),
-        call.by_component(g_res, call.n, call.n),
-    )
+    maps = call.by_component(g_post, call.n), call.by_component(g_res, call.n, call.n)
+    return call.gates_backward(proj, square, *parameters, g_pre, *maps)
 
 
 def _check_norm(norm: str) -> None:
