@@ -6,15 +6,14 @@ that hooks, deepcopy, `.to()`, adapters on submodules and gradient checkpointing
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import linecache
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
@@ -303,22 +302,30 @@ def _generate(
     rewrite: BlockRewrite, graph: fx.Graph, order: tuple[int, ...], traced: TracedBlock
 ) -> Variant:
     code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(_compiled(rewrite.original.__name__, code.src), scope)
     modes = any(n.target in (set_grad_mode, enter_autocast) for n in graph.nodes)
-    function = scope["forward"]
+    function = _function(rewrite.original.__name__, code.src, code.globals)
     return Variant(code.src.strip(), function, order, traced.writes, traced.kind, modes)
 
 
-@functools.lru_cache(maxsize=4096)
-def _compiled(label: str, source: str) -> types.CodeType:
-    """The code of a generated module; the same for blocks alike, so that Dynamo compiles them once.
+_functions: WeakValueDictionary[Any, Callable[..., Any]] = WeakValueDictionary()
 
-    It would compile a block of its own for each code object, and none beyond its limit.
+
+def _function(label: str, source: str, names: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function `forward` of a source and the objects that it names; one for blocks alike.
+
+    Dynamo compiles each code object by itself, and none beyond its limit. It keeps what it compiled
+    among a function's globals, so that functions with other globals need code of their own.
     """
-    name = f"<mhc_compile {label} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    return compile(source, name, "exec")
+    # What lives in a function's globals keeps its id as long as the function.
+    key = label, source, frozenset((name, id(value)) for name, value in names.items())
+    found = _functions.get(key)
+    if found is None:
+        file = f"<mhc_compile {label} {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        scope = dict(names)
+        exec(compile(source, file, "exec"), scope)
+        found = _functions[key] = scope["forward"]
+    return found
 
 
 def _stream_position(rewrite: BlockRewrite) -> tuple[int, int]:

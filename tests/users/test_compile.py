@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from models import WIDTH, NanoGPT, largest, logits, perturb, tokens
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from zoo import KINDS, assert_lengths_equal, result, transformed
 
@@ -49,6 +50,42 @@ def test_blocks_alike_are_compiled_once():
         block.compile(backend=backend)
     assert torch.equal(model(idx), wanted)
     assert len(blocks) == depth and len(graphs) == 3
+
+
+def scaled(factor):
+    """A function of the same name whatever its factor; Dynamo breaks the graph at it."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * torch.as_tensor(factor).numpy().item()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * factor
+
+    return Scaled
+
+
+class Scaling(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.function = scaled(factor)
+
+    def forward(self, x):
+        return x + self.linear(self.function.apply(self.norm(x)))
+
+
+def test_blocks_whose_names_mean_other_things_share_nothing():
+    """The same source with other objects behind its names, and graphs that break in it."""
+    model = nn.Sequential(*(Scaling(float(k)) for k in range(1, 7)))
+    x = torch.randn(2, 3, 8)
+    perturb(mc.transform(model, example_inputs=(x,), streams=2))
+    wanted = model(x)
+    for block in model:
+        block.compile(backend="eager")
+    assert torch.equal(model(x), wanted)
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
