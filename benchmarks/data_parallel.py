@@ -12,8 +12,6 @@ plain residual under the same wrapper: what the connections cost there.
 from __future__ import annotations
 
 import argparse
-import gc
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from typing import Any
 import readme_table
 import torch
 import torch.distributed as dist
+from ranks import begin, forget_peak, free, most, peak_gib, timed_together
 from timing import DTYPES, machine, write_json
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -130,38 +129,9 @@ def time_one(
     for _ in range(3):
         step()
     free()
-    if place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(args.repeats):
-        dist.barrier()
-        synchronize(place)
-        start = time.perf_counter()
-        step()
-        synchronize(place)
-        times.append(most(1e3 * (time.perf_counter() - start), place))
-    peak = torch.cuda.max_memory_allocated() / 2**30 if place.type == "cuda" else 0.0
-    return {"step ms": statistics.median(times), "times ms": times, "peak GiB": most(peak, place)}
-
-
-def synchronize(place: torch.device) -> None:
-    """Waits for the GPU, if it is one."""
-    if place.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def free() -> None:
-    """Gives the memory of what is no longer used back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def most(value: float, place: torch.device) -> float:
-    """The largest of all ranks' values."""
-    whole = torch.tensor(value, dtype=torch.float64, device=place)
-    dist.all_reduce(whole, dist.ReduceOp.MAX)
-    return float(whole)
+    forget_peak()
+    times = [timed_together(step, place) for _ in range(args.repeats)]
+    return {"step ms": statistics.median(times), "times ms": times, "peak GiB": peak_gib(place)}
 
 
 def run(name: str, wrapper: str, args: argparse.Namespace, place: torch.device) -> dict[str, Any]:
@@ -198,17 +168,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=540, help="seconds; then nothing is begun")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU; --device cpu runs on CPU processes")
-    if "LOCAL_RANK" not in os.environ:
-        parser.error("start it with torchrun --nproc-per-node N, one process a GPU")
-    local = int(os.environ["LOCAL_RANK"])
-    place = torch.device(f"cuda:{local}" if args.device == "cuda" else "cpu")
-    if args.device == "cuda":
-        torch.cuda.set_device(local)
+    args, place = begin(parser)
     torch._dynamo.config.recompile_limit = 64  # versions and blocks share their code
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     start, rows = time.perf_counter(), {}
     for wrapper in args.wrapper or WRAPPERS:
         for name in args.only or VERSIONS:

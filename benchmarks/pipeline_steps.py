@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import gc
 import gzip
 import json
 import math
@@ -29,14 +28,15 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import readme_table
 import torch
 import torch.distributed as dist
+from ranks import begin, forget_peak, free, most, peak_gib, synchronize, timed, timed_together
 from timing import DTYPES, machine, write_json
 from torch import Tensor, nn
 from training_models import build, make_shape
@@ -54,7 +54,7 @@ class Version:
     streams: int
     variant: str = "dualpipev"
     recompute: bool = False
-    options: dict[str, Any] | None = field(default=None)
+    options: dict[str, Any] | None = None
     without: str = ""
     torch: bool = False
 
@@ -110,7 +110,8 @@ class Restricted(mc.PlanRunner):
             self._streams = {}
         if "late receives" in self.without:
             with self._stream_of((action.sub_actions or (action,))[0].stage_index):
-                self._receives.post_all()
+                while self._receives.post_next():
+                    pass
         super()._act(action, context)
         for what, post, chunk in self._held:
             with self._stream_of(post.__self__.stage_index):
@@ -219,12 +220,7 @@ class Pipeline:
         """Milliseconds of steps, the slowest rank's."""
         found = []
         for k in range(repeats + 2):
-            dist.barrier()
-            synchronize()
-            start = time.perf_counter()
-            self.step()
-            synchronize()
-            taken = most(1e3 * (time.perf_counter() - start), self.runner.device)
+            taken = timed_together(self.step, self.runner.device)
             found += [taken] * (k >= 2)  # the first compile and fill caches
             for p in self.runner.parameters():
                 p.grad = None
@@ -301,35 +297,6 @@ class Pipeline:
                     self.runner.device)  # fmt: skip
 
 
-def synchronize() -> None:
-    """Waits for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and the milliseconds that it took."""
-    synchronize()
-    start = time.perf_counter()
-    out = call()
-    synchronize()
-    return out, 1e3 * (time.perf_counter() - start)
-
-
-def free() -> None:
-    """Gives the memory of what is no longer used back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def most(value: float, device: torch.device) -> float:
-    """The largest of all ranks' values."""
-    whole = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(whole, dist.ReduceOp.MAX)
-    return float(whole)
-
-
 def record_step(pipeline: Pipeline) -> list[tuple[str, int, float, float]]:
     """The kernels of one step on this rank: name, stream, start and end in microseconds."""
     from torch.profiler import ProfilerActivity, profile
@@ -395,12 +362,10 @@ def run(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"status": f"wrong: off by {error:.1e}", "error": error}
     torch.compiler.reset()
     pipeline = Pipeline(version, args, DTYPES[args.dtype], args.channels)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak()
     times, device = pipeline.times(args.repeats), pipeline.runner.device
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     found = {"status": "ok", "error": error, "step ms": statistics.median(times),
-             "times ms": times, "peak GiB": most(peak, device)}  # fmt: skip
+             "times ms": times, "peak GiB": peak_gib(device)}  # fmt: skip
     if torch.cuda.is_available():
         found |= kernels_of(pipeline, name, args)
     plan = pipeline.predicted()
@@ -427,19 +392,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--traces", type=Path, help="a folder for each version's kernels")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU; --device cpu runs on CPU processes")
-    if "LOCAL_RANK" not in os.environ:
-        parser.error("start it with torchrun --nproc-per-node N, one process a GPU")
-    local = int(os.environ["LOCAL_RANK"])
-    args.place = f"cuda:{local}" if args.device == "cuda" else "cpu"
-    if args.device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    args, place = begin(parser)
+    args.place = str(place)
     start, rows = time.perf_counter(), {}
     for name in args.only or VERSIONS:
-        late = most(time.perf_counter() - start, torch.device(args.place)) > args.budget
+        late = most(time.perf_counter() - start, place) > args.budget
         rows[name] = (
             {"status": f"not run: the budget of {args.budget:g} s is used up"} if late
             else run(name, args)

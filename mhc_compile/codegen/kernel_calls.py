@@ -297,19 +297,16 @@ class KernelCalls:
         tile = replace(gated, parts=1 if dots is None else dots.shape[0])
         spec = self.spec("add_shares", tile=tile, mix=dots is not None,
                          **affine_sums(weight, shift))  # fmt: skip
-        there = {name for part in shares_of(spec) for name, _ in part.results}
-        there -= {"g_phi"} if phi_shares is None else set()
-        sizes: dict[str, tuple[int, ...]] = {
-            "phi": (self.n * self.channels, self.maps), "alpha": (3,), "bias": (self.maps,),
-            "weight": (self.channels,), "shift": (self.channels,),
-            "post": (self.n, self.tokens), "res": (self.n * self.n, self.tokens),
+        shapes = {
+            name: (size, self.tokens) if part.by_token else like[name.removeprefix("g_")].shape
+            for part in shares_of(spec) for name, size in part.results
+            if name != "g_phi" or phi_shares is not None
         }  # fmt: skip
         make = torch.empty if self.tokens else torch.zeros
         out = {
-            name: make(sizes[name] if f"g_{name}" in there else 0, dtype=value.dtype,
-                       device=self.device)
+            name: make(shapes.get(f"g_{name}", (0,)), dtype=value.dtype, device=self.device)
             for name, value in like.items()
-        }  # fmt: skip
+        }
         # Of no groups no program reads anything.
         phi, groups = (sums, 0) if phi_shares is None else (phi_shares, phi_shares.shape[0])
         self.run(

@@ -26,24 +26,25 @@ class Receives:
     """
 
     def __init__(self) -> None:
-        self._planned: list[tuple[Key, Callable[[], list[Any]]]] = []
+        self._planned: dict[Key, Callable[[], list[Any]]] = {}
         self._posted: dict[Key, list[Any]] = {}
 
     def plan(self, key: Key, post: Callable[[], list[Any]]) -> None:
         """Adds one; `post` posts it."""
-        self._planned.append((key, post))
+        self._planned[key] = post
 
-    def post_all(self) -> None:
-        """Posts those that are planned."""
-        for key, post in self._planned:
-            self._posted[key] = post()
-        self._planned.clear()
+    def post_next(self) -> bool:
+        """Posts the first that is planned; False if there is none."""
+        if not self._planned:
+            return False
+        key = next(iter(self._planned))
+        self._posted[key] = self._planned.pop(key)()
+        return True
 
     def take(self, key: Key) -> list[Any]:
         """Posts one and those before it, if they are not; returns what to wait for."""
-        while key not in self._posted and any(planned == key for planned, _ in self._planned):
-            first, post = self._planned.pop(0)
-            self._posted[first] = post()
+        while key in self._planned:
+            self.post_next()
         return self._posted.pop(key, [])
 
     def clear(self) -> None:

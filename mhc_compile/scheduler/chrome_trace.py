@@ -102,9 +102,9 @@ def _arrows(plan: OverlapPlan, unit_us: float) -> list[dict[str, Any]]:
     for number, message in enumerate(plan.messages()):
         common = {"name": f"{message.kind}{message.microbatch}", "cat": "message", "id": number}
         sent = middle[message.source, message.sent_after]  # an arrow starts inside a slice
-        reader = plan.actions[message.target][message.needed_by]
-        part = next(p.kind for p in reader.parts if (p.kind == "F") == (message.kind == "F"))
-        read = start[message.target, message.needed_by] + plan.costs.needed(reader.kind, part)
+        reader = plan.actions[message.target][message.needed_by].kind
+        needed = plan.costs.needed(reader, message.kind)
+        read = start[message.target, message.needed_by] + needed
         for time, rank, how in (
             (sent, message.source, {"ph": "s"}),
             (read, message.target, {"ph": "f", "bp": "e"}),

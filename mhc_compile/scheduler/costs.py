@@ -63,11 +63,11 @@ class Costs:
                     f"{getattr(self, name):g}"
                 )
 
-    def needed(self, kind: str, part: str) -> float:
-        """When an action of a kind first reads the input of its part "F", "B" or "I"."""
+    def needed(self, kind: str, made: str) -> float:
+        """When an action first reads what another stage made: a forward ("F") or a backward."""
         if kind == "FB":
-            return self.f_needed if part == "F" else self.b_needed
-        return self.g_needed if part in ("B", "I") else 0.0
+            return self.f_needed if made == "F" else self.b_needed
+        return self.g_needed if kind in ("B", "I") and made != "F" else 0.0
 
     def of_kinds(self) -> np.ndarray:
         """Durations in the order of `KINDS`."""

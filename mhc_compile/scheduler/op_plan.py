@@ -154,9 +154,8 @@ def plan_ops(costs: OpCosts, high_priority: bool | None = None) -> OpPlan:
     """
     choices = (True, False) if high_priority is None else (high_priority,)
     pairs = {high: search_order(_problem(costs, "FB", high)) for high in choices}
-    high = choices[0]
-    if high_priority is None:
-        high = pairs[True][1].makespan <= pairs[False][1].makespan * (1 + 1e-9)
+    least = min(run.makespan for _, run in pairs.values()) * (1 + 1e-9)
+    high = next(high for high, (_, run) in pairs.items() if run.makespan <= least)
     orders = [
         pairs[high][0] if kind == "FB"
         else search_order(_problem(costs, kind, high), ALONE_TRIES)[0]

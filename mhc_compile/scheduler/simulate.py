@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from mhc_compile.errors import PlanError
-from mhc_compile.scheduler.actions import FB, I, W
+from mhc_compile.scheduler.actions import FB, KINDS, I, W
 from mhc_compile.scheduler.costs import Costs
 from mhc_compile.scheduler.layout import Layout
 from mhc_compile.scheduler.orders import Orders
@@ -57,6 +57,7 @@ def simulate(layout: Layout, orders: Orders, costs: Costs) -> Timeline:
     ranks, longest = orders.kind.shape
     last_stage = layout.stages - 1
     durations = costs.of_kinds()
+    f_needed, b_needed = (np.array([costs.needed(k, made) for k in KINDS]) for made in "FG")
     lengths = orders.lengths
     # When outputs are where they are read: of forwards, and of gradients. Infinite: not yet.
     f_done = np.full((layout.stages, layout.microbatches), np.inf)
@@ -75,11 +76,10 @@ def simulate(layout: Layout, orders: Orders, costs: Costs) -> Timeline:
         fs, fm = orders.f_stage[active, at], orders.f_microbatch[active, at]
         bs, bm = orders.b_stage[active, at], orders.b_microbatch[active, at]
         back = (bs >= 0) & (kind != W)
-        ready, pair = free[active], kind == FB
-        below = f_done[np.maximum(fs - 1, 0), fm] - np.where(pair, costs.f_needed, 0.0)
+        ready = free[active]
+        below = f_done[np.maximum(fs - 1, 0), fm] - f_needed[kind]
         ready = np.where(fs > 0, np.maximum(ready, below), ready)
-        above = b_done[np.minimum(bs + 1, last_stage), bm]
-        above = above - np.where(pair, costs.b_needed, costs.g_needed)
+        above = b_done[np.minimum(bs + 1, last_stage), bm] - b_needed[kind]
         ready = np.where(back & (bs < last_stage), np.maximum(ready, above), ready)
         own = np.where(kind == W, b_done[bs, bm], f_done[bs, bm])
         ready = np.where((bs >= 0) & ~np.isfinite(own), np.inf, ready)

@@ -46,16 +46,15 @@ def build_task_graph(layout: Layout, orders: Orders, costs: Costs) -> nx.DiGraph
                 made[what, part.stage, part.microbatch] = node, ready
     for rank, actions in enumerate(rows):
         for step, action in enumerate(actions):
-            for key, reader in _inputs(layout, action):
+            for key in _inputs(layout, action):
                 if key not in made:
                     raise PlanError(f"rank {rank}, {action}: nothing makes its input {key}")
                 source, ready = made[key]
-                far = source[0] != rank
+                far, needed = source[0] != rank, costs.needed(action.kind, key[0])
                 if far or not graph.has_edge(source, (rank, step)):
                     graph.add_edge(
                         source, (rank, step), reason="message" if far else "data",
-                        delay=ready + (costs.latency + costs.transfer) * far
-                        - (costs.needed(action.kind, reader) if far else 0.0),
+                        delay=ready + (costs.latency + costs.transfer - needed) * far,
                     )  # fmt: skip
     return graph
 
@@ -89,14 +88,14 @@ def critical_path(graph: nx.DiGraph) -> list[Node]:
     return path[::-1]
 
 
-def _inputs(layout: Layout, action: Action) -> Iterator[tuple[tuple[str, int, int], str]]:
-    """What an action reads: (F output, G input's gradient; stage; microbatch), by which part."""
+def _inputs(layout: Layout, action: Action) -> Iterator[tuple[str, int, int]]:
+    """What an action reads: (F output, G input's gradient; stage; microbatch)."""
     for kind, stage, microbatch, _ in action.parts:
         if kind == "F" and stage > 0:
-            yield ("F", stage - 1, microbatch), kind
+            yield "F", stage - 1, microbatch
         if kind in ("B", "I"):
-            yield ("F", stage, microbatch), "own"
+            yield "F", stage, microbatch
             if stage < layout.stages - 1:
-                yield ("G", stage + 1, microbatch), kind
+                yield "G", stage + 1, microbatch
         if kind == "W":
-            yield ("G", stage, microbatch), "own"
+            yield "G", stage, microbatch

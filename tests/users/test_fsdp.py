@@ -1,10 +1,9 @@
 """FSDP2 on two processes: blocks are sharded, and compiled, each by itself."""
 
-import socket
-
 import pytest
 import torch
 from models import NanoGPT, perturb, tokens
+from zoo import on_two_processes
 
 import mhc_compile as mc
 
@@ -37,11 +36,7 @@ def shard(model, apart, compiled):
     return fully_shard(model)
 
 
-def run(rank, port, path):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+def run(rank, path):
     idx = tokens(4, LENGTH, seed=3)[2 * rank : 2 * rank + 2]
     found = {}
     for name, dtype, apart, compiled in (
@@ -54,14 +49,10 @@ def run(rank, port, path):
         gradients(shard(build(torch.bfloat16), False, False), idx)
     if rank == 0:
         torch.save(found, path)
-    torch.distributed.destroy_process_group()
 
 
 def test_as_on_one_process(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run, (port, tmp_path / "gradients.pt"), nprocs=2)
+    on_two_processes(run, tmp_path / "gradients.pt")
     idx = tokens(4, LENGTH, seed=3)
     for name, got in torch.load(tmp_path / "gradients.pt").items():
         dtype, bound = (torch.bfloat16, 3e-2) if "cast" in name else (torch.float32, 1e-5)

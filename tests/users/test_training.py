@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import socket
 
 import peft
 import pytest
@@ -14,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.utils.checkpoint import checkpoint
-from zoo import HUGGING_FACE, KINDS, gradients, loss_of, result, transformed
+from zoo import HUGGING_FACE, KINDS, gradients, loss_of, on_two_processes, result, transformed
 
 import mhc_compile as mc
 from mhc_compile.api import sites_of
@@ -287,26 +286,18 @@ def test_lora_below(name):
 # --- several processes ----------------------------------------------------------------------------
 
 
-def _ddp(rank, port, path):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+def _ddp(rank, path):
     model, _ = transformed("gpt2")
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     batch = {"input_ids": tokens(4, 8, seed=3)[2 * rank : 2 * rank + 2]}
     loss_of(parallel, batch).backward()
     if rank == 0:
         torch.save({k: p.grad for k, p in model.named_parameters()}, path)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.long
 def test_distributed_data_parallel(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_ddp, (port, tmp_path / "gradients.pt"), nprocs=2)
+    on_two_processes(_ddp, tmp_path / "gradients.pt")
     model, _ = transformed("gpt2")
     # Both halves have the same size, so the mean of their means is that of the whole batch.
     wanted = gradients(model, {"input_ids": tokens(4, 8, seed=3)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import torch
 import transformers as hf
 from models import (
@@ -105,3 +107,20 @@ def assert_lengths_equal(compiled, model, kind, training):
             pairs = [(result(compiled, inputs), result(model, inputs))]
         for a, b in pairs:
             assert (a - b).abs().max() <= 1e-5 * largest(b)
+
+
+def on_two_processes(function, *args):
+    """Runs `function(rank, *args)` on two gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_join, (port, function, args), nprocs=2)
+
+
+def _join(rank, port, function, args):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    function(rank, *args)
+    torch.distributed.destroy_process_group()
