@@ -125,7 +125,7 @@ def compile_ahead(spec: KernelSpec, target: str, limit: float = 120.0) -> Compil
             "function": spec.function,
             "signature": signature(spec),
             "target": [chosen.backend, chosen.arch, chosen.warp_size],
-            "options": {"num_warps": spec.tile.warps, "num_stages": spec.tile.stages},
+            "options": spec.options,
         }
         result = json.loads(_run(job, directory, limit, f"kernel {spec.op} for {target}"))
         binary = Path(directory) / "binary"

@@ -72,9 +72,8 @@ class KernelCalls:
     def run(self, spec: KernelSpec, *args: Any, programs: int | None = None) -> Any:
         """Launches a kernel, which is returned; None is for an argument that it does not read."""
         if self.tokens:
-            tile = spec.tile
             kernel = load(spec)[grid(spec, self.tokens) if programs is None else (programs,)]
-            return kernel(*args, num_warps=tile.warps, num_stages=tile.stages)
+            return kernel(*args, **spec.options)
         return None
 
     def count(self, spec: KernelSpec, what: str) -> int:
@@ -112,11 +111,9 @@ class KernelCalls:
     # --- forward --------------------------------------------------------------------------
 
     def split_phi(self, phi: Tensor) -> Pair:
-        """Lays phi out as `[n, columns, C]`, then as `[n, C, columns]`."""
+        """Pads phi and takes it apart, `[n, columns, C]`."""
         spec = self.spec("split_phi")
-        narrow = spec.products in ("split", "bf16")
-        size = self.n * spec.columns * self.channels
-        high = self.empty(2, size, dtype=torch.bfloat16 if narrow else torch.float32)
+        high = self.empty(self.n, spec.columns, self.channels, dtype=operand_dtype(spec))
         low = torch.empty_like(high) if spec.products == "split" else None
         if phi.numel():
             self.run(spec, phi.contiguous(), high, low, self.tokens)
@@ -193,6 +190,14 @@ class KernelCalls:
 
     # --- backward -------------------------------------------------------------------------
 
+    def pad_phi(self, phi: Tensor) -> Tensor:
+        """Pads phi for the products of a backward, `[n, C, columns]`."""
+        spec = self.spec("pad_phi")
+        high = self.empty(self.n, self.channels, spec.columns, dtype=operand_dtype(spec))
+        if phi.numel():
+            self.run(spec, phi.contiguous(), high, self.tokens)
+        return high
+
     def pre_backward(
         self, x: Tensor, pre: Tensor, g: Tensor, weight: Tensor | None, shift: Tensor | None,
         norm: str, eps: float,
@@ -211,51 +216,60 @@ class KernelCalls:
         self.run(spec, x, pre, weight, g, g_h, g_pre, *sums, self.tokens, eps)
         return g_h, g_pre, sums[0], sums[1]
 
+    def spread(self, pre: Tensor, g_h: Tensor) -> Tensor:
+        """The gradient of the streams that were read by the maps pre, `[tokens, n, C]`."""
+        g_x = self.empty(self.tokens, self.n, self.channels, dtype=self.dtype)
+        self.run(self.spec("spread"), pre, g_h, g_x, self.tokens)
+        return g_x
+
     def gates_backward(
         self, proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, g_pre: Tensor,
-        g_post: Tensor, g_res: Tensor,
+        g_post: Tensor, g_res: Tensor, mixed: Sequence[Tensor] = (),
     ) -> tuple[Pair, Tensor, Tensor]:  # fmt: skip
         """The pair dh `[tokens, columns]`, scale `[tokens]`, shares of the gates' parameters'.
 
-        `g_pre: [terms, n, tokens]` is summed over its terms.
+        `g_pre: [terms, n, tokens]` is summed over its terms. With `mixed`, the maps res, post and
+        pre of a seam, there is in place of scale `[tokens, columns]`: these maps and scale.
         """
-        spec = self.spec("gates_backward", tile=replace(self.base.tile, parts=g_pre.shape[0]))
-        narrow = spec.products in ("split", "bf16")
-        high = self.empty(self.tokens, spec.columns,
-                          dtype=torch.bfloat16 if narrow else torch.float32)  # fmt: skip
+        spec = self.spec("gates_backward", tile=replace(self.base.tile, parts=g_pre.shape[0]),
+                         mix=bool(mixed))  # fmt: skip
+        high = self.empty(self.tokens, spec.columns, dtype=operand_dtype(spec))
         low = torch.empty_like(high) if spec.products == "split" else None
-        scale = self.empty(self.tokens)
+        own = self.empty(self.tokens, *[spec.columns] * spec.mix)
+        outs = (None, own) if mixed else (own, None)
         sums = self.empty(self.count(spec, "tiles"), self.maps + 3)
         self.run(spec, proj, square, *_plain(alpha, bias), g_pre, g_post, g_res,
-                 high, low, scale, sums, self.tokens)  # fmt: skip
-        return (high, low), scale, sums
+                 *(mixed or (None, None, None)), high, low, *outs, sums, self.tokens)  # fmt: skip
+        return (high, low), own, sums
 
     def seam_backward(
-        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor, pre: Tensor,
-        g_h: Tensor, phi: Pair, dh: Pair, scale: Tensor,
+        self, x: Tensor, f: Tensor, g_y: Tensor, g_h: Tensor, maps: Tensor, phi: Tensor, dh: Pair,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """g_x, g_f and parts of the gradients of res and post, `[parts, n*n + n, tokens]`."""
+        """g_x, g_f and parts of the gradients of res and post, `[parts, n*n + n, tokens]`.
+
+        `maps` are those of `gates_backward`.
+        """
         spec = self.spec("seam_backward")
         g_x, g_f = torch.empty_like(x), torch.empty_like(f)
         dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
         workers = self.count(spec, "workers")
         products = self.empty(workers, self.n, spec.tile.tokens, spec.tile.width, dtype=self.dtype)
         compiled = self.run(
-            spec, x, f, post, res, g_y, pre, g_h, *_by_channel(phi), *dh, scale, g_x, g_f,
-            dots, products, self.tokens, programs=workers,
+            spec, x, f, g_y, g_h, maps, phi, *dh, g_x, g_f, dots, products,
+            self.tokens, programs=workers,
         )  # fmt: skip
         if compiled is not None:
             learn_residents(spec, compiled)
         return g_x, g_f, dots
 
     def read_backward(
-        self, y: Tensor, g_y: Tensor | None, pre: Tensor, g_h: Tensor, phi: Pair, dh: Pair,
+        self, y: Tensor, g_y: Tensor | None, pre: Tensor, g_h: Tensor, phi: Tensor, dh: Pair,
         scale: Tensor,
     ) -> Tensor:  # fmt: skip
         """The gradient of the streams that were read, added to g_y."""
         spec = self.spec("read_backward", carry=g_y is not None)
         g = torch.empty_like(y)
-        self.run(spec, y, g_y, pre, g_h, *_by_channel(phi), *dh, scale, g, self.tokens)
+        self.run(spec, y, g_y, pre, g_h, phi, *dh, scale, g, self.tokens)
         return g
 
     def mix_backward(
@@ -334,7 +348,6 @@ def arrivals(device: torch.device, tiles: int) -> Tensor:
     return known
 
 
-def _by_channel(phi: Pair) -> Pair:
-    """The second layout of `split_phi`."""
-    high, low = phi
-    return high[1], None if low is None else low[1]
+def operand_dtype(spec: KernelSpec) -> torch.dtype:
+    """Of what enters products."""
+    return torch.bfloat16 if spec.products in ("split", "bf16") else torch.float32

@@ -23,8 +23,12 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
     """Operations with their fields, as `launch.py` asks for them."""
     norms = _NORMS[:1] if seam_only else _NORMS
     found: list[tuple[str, dict[str, Any]]] = [
-        (op, {}) for op in ("split_phi", "gates_backward", "phi_backward")
+        (op, {}) for op in ("split_phi", "pad_phi", "phi_backward")
     ]
+    if whole:
+        found += [("gates_backward", {"mix": True})]
+    if not (whole and seam_only):
+        found += [("gates_backward", {})]
     found += [(op, norm) for op in ("read", "pre_backward") for norm in norms]
     if whole:
         found += [("project", {"mix": True}), ("seam_backward", {})]
@@ -36,7 +40,7 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
         found += [(op, {}) for op in ("mix", "project", "mix_backward")]
     if not seam_only:
         found += [("add_shares", {})]
-        found += [(op, {}) for op in ("gates", "pre", "read_backward")]
+        found += [(op, {}) for op in ("gates", "pre", "spread", "read_backward")]
         found += [("seam_once", norm) for norm in norms if whole]
     return sorted(found, key=lambda pair: OPS.index(pair[0]))
 

@@ -55,8 +55,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     _, g_pre, *_ = call.pre_backward(
         call.streams(x), maps, call.single(g_h), None, None, "none", 0.0
     )
-    g_x = (pre.unsqueeze(-1) * g_h.unsqueeze(-2)).to(x.dtype)
-    return g_x, call.by_token(g_pre.to(pre.dtype), call.n)
+    return _spread(g_h, pre), call.by_token(g_pre.to(pre.dtype), call.n)
 
 
 def pre_norm(
@@ -114,7 +113,7 @@ def read_backward(
         terms.append(call.pre_backward(streams, maps, gradient, None, None, "none", 0.0)[1])
     dh, scale, sums = _gates_backward(call, (alpha, bias), proj, square, terms, g_post, g_res)
     shares = call.phi_backward(streams, dh) if need_phi else None
-    g_x = call.read_backward(streams, None, maps, gradient, call.split_phi(phi), dh, scale)
+    g_x = call.read_backward(streams, None, maps, gradient, call.pad_phi(phi), dh, scale)
     like = {"phi": phi, "alpha": alpha, "bias": bias}
     added = call.add_shares(sums, shares, (None, None), None, like)
     return g_x.view(x.shape), *added.values()
@@ -157,14 +156,18 @@ def seam_backward(
             flat_y, maps, call.single(g_h), weight, shift, norm, norm_eps
         )
         terms.append(term)
-    dh, scale, sums = _gates_backward(call, (alpha, bias), proj, square, terms, g_post, g_res)
+    whole = fits_whole(call.base)
+    dh, own, sums = _gates_backward(
+        call, (alpha, bias), proj, square, terms, g_post, g_res,
+        (mixed[3], mixed[2], maps) if whole else (),
+    )  # fmt: skip
     shares = call.phi_backward(flat_y, dh) if need_phi else None
-    halves = call.split_phi(phi)
-    if fits_whole(call.base):
-        g_x, g_f, dots = call.seam_backward(*mixed, flat_g, maps, gradient, halves, dh, scale)
+    padded = call.pad_phi(phi)
+    if whole:
+        g_x, g_f, dots = call.seam_backward(*mixed[:2], flat_g, gradient, own, padded, dh)
     else:
-        whole = call.read_backward(flat_y, flat_g, maps, gradient, halves, dh, scale)
-        g_x, g_f, dots = call.mix_backward(*mixed, whole)
+        flat_g = call.read_backward(flat_y, flat_g, maps, gradient, padded, dh, own)
+        g_x, g_f, dots = call.mix_backward(*mixed, flat_g)
     like = {"post": post, "res": res, "phi": phi, "alpha": alpha, "bias": bias,
             "weight": x if weight is None else weight,
             "shift": x if shift is None else shift}  # fmt: skip
@@ -174,8 +177,8 @@ def seam_backward(
 
 
 def expand(x: Tensor, n: int) -> Tensor:
-    """Copies `[..., C]` into `[..., n, C]`; torch copies at the rate of the memory."""
-    return x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]).contiguous()
+    """Copies `[..., C]` into `[..., n, C]`; torch joins, but does not expand, by wide loads."""
+    return torch.cat([x] * n, -1).view(*x.shape[:-1], n, x.shape[-1])
 
 
 def expand_backward(g_y: Tensor) -> Tensor:
@@ -190,10 +193,20 @@ def collapse(x: Tensor, weight: Tensor) -> Tensor:
 
 def collapse_backward(g_h: Tensor, x: Tensor | None, weight: Tensor) -> Results:
     """Gradients by `(x, weight)`; x is None where the weight needs none."""
+    each = weight.expand(*g_h.shape[:-1], -1)
     if x is None:
-        return (weight.unsqueeze(-1) * g_h.unsqueeze(-2)).to(g_h.dtype), weight.new_empty(0)
-    g_x, g_each = pre_backward(g_h, x, weight.expand(x.shape[:-1]))
+        return _spread(g_h, each), weight.new_empty(0)
+    g_x, g_each = pre_backward(g_h, x, each)
     return g_x, g_each.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+
+
+def _spread(g_h: Tensor, pre: Tensor) -> Tensor:
+    """The gradient of the streams by that of `h = sum_i pre_i x_i`; there may be many streams."""
+    like = g_h.unsqueeze(-2).expand(*pre.shape, -1)
+    if pre.shape[-1] > MAX_STREAMS:
+        return (pre.unsqueeze(-1) * like).to(g_h.dtype)
+    call = _calls(like)
+    return call.spread(call.by_component(pre, call.n), call.single(g_h)).view(like.shape)
 
 
 def _calls(x: Tensor, rule: str | None = None) -> KernelCalls:
@@ -214,12 +227,13 @@ def _outputs(call: KernelCalls, gates: tuple[Tensor, ...]) -> Results:
 def _gates_backward(
     call: KernelCalls, parameters: tuple[Tensor, Tensor], proj: Tensor, square: Tensor,
     terms: list[Tensor], g_post: Tensor | None, g_res: Tensor | None,
+    mixed: Sequence[Tensor] = (),
 ) -> tuple[Pair, Tensor, Tensor]:  # fmt: skip
-    """dh, scale and shares of the parameters' gradients; pre's gradient is the sum of `terms`."""
+    """As `KernelCalls.gates_backward`; pre's gradient is the sum of `terms`."""
     terms = terms or [call.by_component(None, call.n)]
     g_pre = terms[0].unsqueeze(0) if len(terms) == 1 else torch.stack(terms)
     maps = call.by_component(g_post, call.n), call.by_component(g_res, call.n, call.n)
-    return call.gates_backward(proj, square, *parameters, g_pre, *maps)
+    return call.gates_backward(proj, square, *parameters, g_pre, *maps, mixed)
 
 
 def _check_norm(norm: str) -> None:

@@ -80,6 +80,7 @@ _FLOATS: dict[str, Callable[[KernelSpec], Dims]] = {
     "proj": lambda s: (s.maps, "tokens"),
     "square": lambda s: ("tokens",),
     "scale": lambda s: ("tokens",),
+    "maps": lambda s: ("tokens", s.columns),
     "pre": lambda s: (s.streams, "tokens"),
     "post": lambda s: (s.streams, "tokens"),
     "res": lambda s: (s.streams, s.streams, "tokens"),
@@ -101,9 +102,8 @@ _NUMBERS = ("tokens", "group_tokens", "tiles", "programs", "groups")
 _SCALARS = dict.fromkeys(_NUMBERS, "i32") | {"eps": "fp32"}
 # Names that mean something else in one kernel.
 _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
-    ("split_phi", "high"): lambda s: (2, s.streams, s.columns, s.channels),
+    ("pad_phi", "high"): lambda s: (s.streams, s.channels, s.columns),
     ("gates_backward", "high"): lambda s: ("tokens", s.columns),
-    ("read_backward", "high"): lambda s: (s.streams, s.channels, s.columns),
     ("read", "partial"): lambda s: (s.tile.shares, s.maps + 1, "tokens"),
     ("gates_backward", "g_pre"): lambda s: (s.tile.parts, s.streams, "tokens"),
 }
@@ -217,7 +217,7 @@ def numbers(spec: KernelSpec, tokens: int) -> dict[str, int]:
 def grid(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
     """How many programs a launch has."""
     count, tile = counts(spec, tokens), spec.tile
-    if spec.op == "split_phi":
+    if spec.op in ("split_phi", "pad_phi"):
         return (math.ceil(spec.channels / tile.width), spec.streams)
     if spec.op == "phi_backward":
         return (math.ceil(spec.streams * spec.channels / tile.width), count["groups"])

@@ -12,8 +12,8 @@ from mhc_compile.conventions import Convention
 from mhc_compile.errors import MHCError
 
 OPS = (
-    "split_phi", "mix", "project", "gates", "pre", "read", "seam_once", "pre_backward",
-    "gates_backward", "seam_backward", "read_backward", "mix_backward", "phi_backward",
+    "split_phi", "pad_phi", "mix", "project", "gates", "pre", "read", "seam_once", "pre_backward",
+    "spread", "gates_backward", "seam_backward", "read_backward", "mix_backward", "phi_backward",
     "add_shares",
 )  # fmt: skip
 GATED = ("gates", "read", "gates_backward", "seam_once")
@@ -38,6 +38,8 @@ class Tile:
         inner: channels of one matrix product, a power of two.
         shares: in how many parts products come to "read" from the kernel before.
         gated: tokens of a program of "read" that computes gates, a power of two.
+        registers: most registers of a thread on NVIDIA's GPUs, a multiple of 8, so that more
+            programs fit; 0 is as many as Triton comes to.
         flat: the code has one loop over all streams, or one product of them, instead of a copy for
             each: for many streams, and bf16 products alone.
     """
@@ -50,6 +52,7 @@ class Tile:
     inner: int = 64
     shares: int = 1
     gated: int = 1
+    registers: int = 0
     flat: bool = False
 
 
@@ -64,10 +67,12 @@ class KernelSpec:
         dtype: of streams, sublayer results and their gradients: "bf16", "fp16" or "fp32".
         products: how vec(x) @ phi is computed. "split": phi as the sum of two bf16 numbers
             (relative error of phi below 2**-16), exact bf16 products, float32 sums; "bf16": phi in
-            bf16 alone; "tf32x3" and "tf32": as in Triton, on float32 operands.
+            bf16 alone; "tf32x3" and "tf32": as in Triton, on float32 operands. In the gradient of x
+            phi is in bf16 for "split" too, and what it is multiplied by is such a sum.
         tile: see `Tile`.
         rule: the numerical axes; only those of `GATED` depend on it.
-        mix: the streams are mixed first, y = res x + post f ("project"), or were ("add_shares").
+        mix: the streams are mixed first, y = res x + post f ("project"), or were ("gates_backward",
+            "add_shares").
         carry: a gradient of the streams is added ("read_backward").
         norm: the norm of the next sublayer, done with the read ("pre", "read", "pre_backward",
             "seam_once", "add_shares").
@@ -165,6 +170,14 @@ class KernelSpec:
     def ragged(self) -> bool:
         """Whether some channel tiles stick out, so that loads need a mask."""
         return self.span * self.tile.parts != self.channels
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told beside the source, by its own names."""
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        if self.tile.registers and self.target == "cuda":
+            options["maxnreg"] = self.tile.registers
+        return options
 
     @property
     def row(self) -> int:

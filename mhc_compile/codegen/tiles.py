@@ -54,17 +54,20 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         width = _width(width, c)
         return Tile(tokens, width, math.ceil(c / width), warps, stages, inner)
 
-    if spec.op == "split_phi":
+    if spec.op in ("split_phi", "pad_phi"):
         return strips(1, 8192 // spec.columns, 8 if many else 4)
     if spec.op == "mix":
         return strips(2 if many else 4, 512)
-    if spec.op == "pre":
+    if spec.op in ("pre", "spread"):
         return strips(4, 512)
     if spec.op == "pre_backward":
         return Tile(1, _width(1024, c))
     if spec.op == "seam_backward":
-        tokens, inner = 16 if spec.streams == 3 else 32, 128 if spec.streams > 2 else 64
-        return strips(tokens, 128, 8 if odd or full else 4, 2, inner)
+        inner = 128 if spec.streams > 2 else 64
+        if full:
+            return strips(16 if spec.streams == 3 else 32, 128, 8, 2, inner)
+        tile = strips(16, 128, 8 if odd else 4, 3, inner)
+        return replace(tile, registers=0 if odd or spec.streams < 4 else 128)  # four programs fit
     if spec.op == "read_backward":
         warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
@@ -143,6 +146,8 @@ def tile_fault(spec: KernelSpec) -> str:
     sizes = (tile.tokens, tile.width, tile.warps, tile.inner, tile.gated)
     if any(size < 1 or size & (size - 1) for size in sizes):
         return "tokens, width, warps, inner and gated must be powers of two"
+    if tile.registers % 8 or not 0 <= tile.registers <= 256:
+        return "registers must be a multiple of 8 up to 256, or 0"
     if tile.warps > 32 or not 1 <= tile.stages <= 8:
         return "it takes up to 32 warps and 1 to 8 stages"
     if min(tile.parts, tile.shares) < 1:
@@ -154,7 +159,7 @@ def tile_fault(spec: KernelSpec) -> str:
     if spec.op in WHOLE_ROWS and not (spec.op in ("pre", "pre_backward") and spec.norm == "none"):
         whole = tile.tokens == 1 and tile.width == spec.row and tile.parts == 1
         return "" if whole else f"its tile is one whole row, width {spec.row}"
-    one_strip = spec.op in ("pre", "seam_backward") or (spec.op == "mix_backward" and not tile.flat)
+    one_strip = spec.op in ("pre", "spread", "seam_backward", "mix_backward") and not tile.flat
     if one_strip and tile.parts * tile.width < c:
         return f"{tile.parts} parts of {tile.width} channels do not cover {c}"
     if spec.op == "pre_backward" and tile.parts != 1:

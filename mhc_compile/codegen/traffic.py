@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     shift = " shift" if normed and spec.shift else ""
     if spec.op == "split_phi":
         return "phi", f"high{low}"
+    if spec.op == "pad_phi":
+        return "phi", "high"
     if spec.op == "mix":
         return "x f post res", "y"
     if spec.op == "project":
@@ -59,14 +62,17 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
             return "x g_out", "g_pre"
         sums = (" weight_shares" if weight else "") + (" shift_shares" if shift else "")
         return f"x pre g_out{weight}", f"g_h g_pre{sums}"
+    if spec.op == "spread":
+        return "pre g_h", "g_x"
     if spec.op == "gates_backward":
-        return "proj square alpha bias g_pre g_post g_res", f"high{low} scale sums"
+        mixed, own = (" res post pre", "maps") if spec.mix else ("", "scale")
+        return f"proj square alpha bias g_pre g_post g_res{mixed}", f"high{low} {own} sums"
     if spec.op == "seam_backward":
-        products = "phi_high dh_high" + (" phi_low dh_low" if split else "")
-        return f"x f post res g_y pre g_h scale {products}", "g_x g_f dots"
+        low = " dh_low" if split else ""
+        return f"x f g_y g_h maps phi_high dh_high{low}", "g_x g_f dots"
     if spec.op == "read_backward":
-        products = "high dh_high" + (" low dh_low" if split else "")
-        return f"y pre g_h scale {products}" + (" g_y" if spec.carry else ""), "g"
+        more = (" dh_low" if split else "") + (" g_y" if spec.carry else "")
+        return f"y pre g_h scale phi_high dh_high{more}", "g"
     if spec.op == "mix_backward":
         return "x f post res g_y", "g_x g_f dots"
     if spec.op == "phi_backward":
@@ -91,11 +97,13 @@ def _sides(spec: KernelSpec) -> Iterator[list[Argument]]:
 def _slice_bytes(spec: KernelSpec, argument: Argument) -> int:
     """Bytes that a kernel moves of one slice; the padding of phi's columns may stay where it is."""
     columns = spec.columns
+    if spec.op == "seam_backward" and argument.name == "maps":
+        return 16 * math.ceil((spec.maps + 1) / 4)  # by fours
     if spec.op == "project" and spec.mix:
         columns = spec.maps
     elif spec.tile.flat or spec.op == "phi_backward":
         columns = sum(width for _, width in spec.pieces)
-    padded = argument.name in ("high", "low", "dh_high", "dh_low")
+    padded = argument.name in ("high", "low", "phi_high", "dh_high", "dh_low")
     return argument.slice_bytes * columns // spec.columns if padded else argument.slice_bytes
 
 

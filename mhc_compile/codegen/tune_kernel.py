@@ -32,6 +32,7 @@ _SUMMED = ("partial", "dots", "sums", "phi_shares", "weight_shares", "shift_shar
 """Results whose first axis is one of shares: how many there are depends on the tile."""
 _FIELDS = {
     "split_phi": ("width", "warps"),
+    "pad_phi": ("width", "warps"),
     "mix": ("tokens", "width", "warps"),
     "project": ("tokens", "width", "parts", "warps", "stages"),
     "gates": ("tokens",),
@@ -39,6 +40,7 @@ _FIELDS = {
     "read": ("warps",),
     "seam_once": ("width", "warps"),
     "pre_backward": ("tokens", "width", "warps", "stages"),
+    "spread": ("tokens", "width", "warps"),
     "gates_backward": ("tokens",),
     "seam_backward": ("tokens", "width", "warps", "stages", "inner"),
     "read_backward": ("tokens", "width", "parts", "warps", "stages"),
@@ -84,6 +86,8 @@ def neighbours(spec: KernelSpec) -> list[Tile]:
     for first, a, second, b in _TOGETHER:
         if first in fields and second in fields:
             found.append(scaled(scaled(tile, first, a), second, b))
+    if spec.op == "seam_backward":
+        found += [replace(tile, registers=most) for most in (0, 128, 168)]
     fitted = [_fitted(spec, t) for t in found if min(t.tokens, t.width, t.parts) >= 1]
     if not tile.flat and (other := flat_tile(spec)):
         fitted.append(other)
@@ -147,9 +151,9 @@ class Launches:
 
     def call(self, spec: KernelSpec, outputs: dict[str, Tensor]) -> Callable[[], Any]:
         """A launch; it returns what Triton compiled."""
-        kernel, tile = load(spec)[grid(spec, self.tokens)], spec.tile
+        kernel = load(spec)[grid(spec, self.tokens)]
         values = self.values(spec, outputs)
-        return functools.partial(kernel, *values, num_warps=tile.warps, num_stages=tile.stages)
+        return functools.partial(kernel, *values, **spec.options)
 
 
 def tune_kernel(

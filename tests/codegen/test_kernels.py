@@ -340,6 +340,17 @@ def test_more_tokens_than_a_group(device, monkeypatch):
     check(case, inputs_of(case, device))
 
 
+@pytest.mark.parametrize(("n", "dtype"), [(3, BF16), (8, F16), (9, F32)])
+def test_the_gradient_of_a_collapse_with_fixed_weights(n, dtype, device):
+    """Autograd keeps no streams for it; more of them than the kernels take are torch's."""
+    g = torch.randn(2, 5, 33, device=device).to(dtype)
+    weight = torch.randn(n, device=device)
+    g_x, g_weight = launch.collapse_backward(g, None, weight)
+    right = weight.double()[:, None] * g.double()[..., None, :]
+    torch.testing.assert_close(g_x, right.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    assert g_weight.numel() == 0
+
+
 def test_wrong_streams_are_refused(device):
     p = inputs_of(Case("pre", 9, 8), device)
     with pytest.raises(mc.MHCError, match="up to 8 streams, got 9"):

@@ -109,7 +109,7 @@ def test_measured_tiles():
         "project_mix": (16, 64, 8, 2, 2, 64),
         "pre": (4, 512, 8, 4, 1, 64),
         "pre_backward": (1, 1024, 1, 4, 1, 64),
-        "seam_backward": (32, 128, 32, 4, 2, 128),
+        "seam_backward": (16, 128, 32, 4, 3, 128),
         "read_backward": (16, 32, 32, 1, 2, 64),
         "mix_backward": (4, 256, 16, 4, 1, 64),
         "mix": (4, 512, 8, 4, 1, 64),
