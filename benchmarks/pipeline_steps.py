@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from training_models import build, make_shape
 
 import mhc_compile as mc
+from mhc_compile.runtime.high_priority import high_priority
 
 CHECKED = 1e-4
 """Largest difference of a gradient in float32, relative to the model's largest."""
@@ -82,6 +83,7 @@ VERSIONS = {
     "mhc, without late receives": Version(4, without="late receives"),
     "mhc, without any": Version(4, without="early sends, streams"),
     "mhc, without streams": Version(4, without="streams"),
+    "mhc, without high priority": Version(4, without="high priority"),
     "mhc, recompute": Version(4, recompute=True),
     "mhc, recompute, without early recompute": Version(4, recompute=True,
                                                        without="early recompute"),
@@ -99,7 +101,8 @@ def loss_fn(result: Tensor, target: Tensor) -> Tensor:
 class Restricted(mc.PlanRunner):
     """Without early sends (they leave after the pair), streams of its own, or early recompute.
 
-    Or with early receives, which are posted an action before they are waited for.
+    Or with merges after MLPs on the stage's stream, as they are without streams; or with early
+    receives, which are posted an action before they are waited for.
     """
 
     without = ""
@@ -108,6 +111,8 @@ class Restricted(mc.PlanRunner):
         self._held: list[tuple[str, Any, int]] = []
         if "streams" in self.without:
             self._streams = {}
+        if "streams" in self.without or "high priority" in self.without:
+            self._high_priority = None
         if "late receives" in self.without:
             with self._stream_of((action.sub_actions or (action,))[0].stage_index):
                 while self._receives.post_next():
@@ -137,7 +142,8 @@ class TorchSchedule:
 
         mine = sorted(stage for stage, _ in plan.layout.slots(dist.get_rank()))
         self.modules = {k: stages[k] for k in mine}
-        self.device, self._streams, self.first = device, {}, 0 in self.modules
+        self.device, self.first = device, 0 in self.modules
+        self._streams, self._high_priority = {}, None
         held = [PipelineStage(stages[k], k, plan.layout.stages, device) for k in mine]
         self._schedule = ScheduleDualPipeV(
             held, plan.microbatches, loss_fn=lambda out, target: loss_fn(out[0], target)
@@ -252,7 +258,7 @@ class Pipeline:
             torch.autograd.backward(out, [torch.ones_like(x) for x in out])
 
         def pair(first: int, second: int, out: list[Tensor]) -> Any:
-            with self._stream(first):
+            with self._stream(first), high_priority(self.runner._high_priority):
                 kept = forward(first)
             with self._stream(second):
                 backward(out)

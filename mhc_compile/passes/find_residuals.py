@@ -25,6 +25,7 @@ from mhc_compile.passes.plan import (
 )
 from mhc_compile.passes.record import Recording
 from mhc_compile.passes.streams import link_streams, split_nested
+from mhc_compile.passes.sublayer_kind import is_mlp
 
 
 @dataclass
@@ -164,7 +165,7 @@ def _site(flow: Flow, stream: _Stream, k: int, number: int, names: Counter[str])
         reason = f"same stream as the refused add at {_source_of(flow, stream)}: {stream.reason}"
     return ResidualSite(
         name, owner[-1][0], format_source(op.source), number, op.shape[-1], not reason, reason,
-        _evidence(flow, stream, k),
+        _evidence(flow, stream, k), is_mlp(flow, candidate),
     )  # fmt: skip
 
 

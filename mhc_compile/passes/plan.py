@@ -27,6 +27,7 @@ class ResidualSite:
         accepted: whether `transform` rewrites it.
         reason: why it does not, else "".
         evidence: what was seen: the form of the add, what F holds, what it continues.
+        mlp: whether F is known to be an MLP, see `is_mlp`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ResidualSite:
     accepted: bool
     reason: str
     evidence: str = field(default="", compare=False)
+    mlp: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         verdict = "rewritten" if self.accepted else f"refused: {self.reason}"

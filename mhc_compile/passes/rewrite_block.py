@@ -83,7 +83,8 @@ def rewrite_residuals(work: BlockGraph) -> None:
                 post = _reshaped_maps(graph, post, operand, 1)
                 res = _reshaped_maps(graph, res, operand, 2)
             operand, f = _terms(work, site, operand)
-            mixed = graph.call_function(apply_post_res, (operand, f, post, res))
+            kind: dict[str, Any] = {"after_mlp": True} if work.plan.sites[number].mlp else {}
+            mixed = graph.call_function(apply_post_res, (operand, f, post, res), kind)
         for node in (read, mixed):
             node.meta["source"] = site.add.meta["source"]
         mixed.meta["value"] = site.add.meta.get("value")

@@ -22,6 +22,7 @@ from mhc_compile.pipeline.microbatches import split_inputs, split_target
 from mhc_compile.pipeline.placement import check_sizes, place_stage
 from mhc_compile.pipeline.shared_parameters import SharedParameters
 from mhc_compile.pipeline.stages import PipelineStages
+from mhc_compile.runtime.high_priority import high_priority
 from mhc_compile.runtime.recompute import Calls, noted_calls, run_last_ahead
 from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
@@ -38,7 +39,8 @@ class PlanRunner:
     message just before it reads it, and its result leaves as soon as it is there, within an
     overlapped pair before the other half runs. With `recompute=True` a chunk's last block runs
     again before the chunk waits for its gradient. On CUDA each of a rank's two stages of a V has a
-    stream of its own, so that the halves of a pair overlap.
+    stream of its own, so that the halves of a pair overlap; there F_post,res after an MLP is
+    launched on a third one, of high priority (Sec. 4.3.3), in a chunk's forward alone.
 
     Args:
         plan: of any variant but "dualpipe"; the same on all ranks.
@@ -106,6 +108,7 @@ class PlanRunner:
         }
         several = self.device.type == "cuda" and len(self._stages) > 1
         self._streams = {k: torch.cuda.Stream(self.device) for k in self._stages if several}
+        self._high_priority = torch.cuda.Stream(self.device, priority=-1) if several else None
         runtime, kinds = pipeline_runtime()
         self._runtime = runtime(list(self._stages.values()), self.plan.microbatches,
                                 loss_fn=self._loss_fn, scale_grads=False)  # fmt: skip
@@ -190,7 +193,10 @@ class PlanRunner:
         self._wait(f"the input of {number}F{chunk}", self._receives.take((number, "F", chunk)))
         self._use(stage, chunk)
         with self._compute(f"{number}F{chunk}"):
-            with noted_calls() as self._recomputed[number, chunk]:
+            with (
+                noted_calls() as self._recomputed[number, chunk],
+                high_priority(self._high_priority),
+            ):
                 values = stage.forward_one_chunk(
                     chunk, (), context.kwarg_mbs[chunk], save_forward_output=False
                 )

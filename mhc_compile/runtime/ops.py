@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mhc_compile._torch_compat import below_autograd
 from mhc_compile.runtime import fused, op_shapes
+from mhc_compile.runtime.high_priority import launch
 from mhc_compile.runtime.precision import autocast_off
 
 _STREAMS = "Tensor x, Tensor f, Tensor post, Tensor res"
@@ -102,8 +103,8 @@ def _run(name: str, *args: Any) -> Any:
             place = _STREAMS_AT.get(name)
             streams = None if place is None else args[place]
             if kernels is not None and kernels.supports(first, streams):
-                return getattr(kernels, name)(*args)
-        return getattr(fused, name)(*args)
+                return launch(getattr(kernels, name), *args)
+        return launch(getattr(fused, name), *args)
 
 
 def _keep(ctx: Any, *tensors: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from mhc_compile.runtime.checks import (
     check_streams,
     collapse_mode,
 )
+from mhc_compile.runtime.high_priority import on_offered_stream
 from mhc_compile.runtime.precision import working_dtype
 from mhc_compile.runtime.recording import recording
 
@@ -78,12 +79,20 @@ def apply_pre(x: Tensor, pre: Tensor) -> Tensor:
     return h
 
 
-def apply_post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """Merges a sublayer's output into the streams, see `reference.apply_post_res`."""
+def apply_post_res(
+    x: Tensor, f: Tensor, post: Tensor, res: Tensor, *, after_mlp: bool = False
+) -> Tensor:
+    """Merges a sublayer's output into the streams, see `reference.apply_post_res`.
+
+    `after_mlp` lets it run on the stream that `high_priority` offers, unless it is compiled.
+    """
     check_merge(x, f, post, res)
     for name, tensor in (("f", f), ("post", post), ("res", res)):
         check_device(name, tensor, x)
-    y: Tensor = torch.ops.mhc.post_res(x, f, post, res)
+    if after_mlp and not torch.compiler.is_compiling():
+        y = on_offered_stream(torch.ops.mhc.post_res, x, f, post, res)
+    else:
+        y = torch.ops.mhc.post_res(x, f, post, res)
     if (noted := recording()) is not None:
         noted.merged(x, f, post, res, y)
     return y

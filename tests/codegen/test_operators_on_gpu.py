@@ -10,9 +10,11 @@ import torch
 from operators import Case, check, cotangents, gradients, inputs_of, run
 
 import mhc_compile as mc
+from mhc_compile.codegen import launch
 from mhc_compile.codegen.interpreter import interpreting
 from mhc_compile.conventions import get_convention
 from mhc_compile.runtime import streams
+from mhc_compile.runtime.high_priority import high_priority
 
 pytestmark = pytest.mark.skipif(
     interpreting() or not torch.cuda.is_available(), reason="needs a CUDA GPU, TRITON_INTERPRET=0"
@@ -124,3 +126,41 @@ def test_module_equals_the_cpu(connection):
         results.append([y.detach().cpu(), leaf.grad.cpu(), *grads])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-3)
+
+
+def test_merges_on_a_stream_of_high_priority(monkeypatch):
+    """Kernels of the forward alone are launched there; every bit stays, and memory is kept."""
+    places = []
+
+    def note(name):
+        operator = getattr(launch, name)
+
+        def noted(*args):
+            places.append((name, torch.cuda.current_stream()))
+            return operator(*args)
+
+        monkeypatch.setattr(launch, name, noted)
+
+    for name in ("post_res", "post_res_backward"):
+        note(name)
+    p = inputs_of(Case("post_res", 4, 256, 4000, BF16), "cuda")
+    values, given = list(p.values()), torch.randn_like(p["x"])
+
+    def step():
+        y = p["x"]
+        for _ in range(3):
+            y = streams.apply_post_res(y * 1.5, *values[1:], after_mlp=True)
+        return [y, *torch.autograd.grad(y, values, given)]
+
+    right = step()
+    own, high = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
+    torch.cuda.synchronize()
+    for _ in range(20):  # what is freed too early is written over
+        places.clear()
+        with torch.cuda.stream(own), high_priority(high):
+            got = step()
+            noise = [torch.randn_like(given) for _ in range(8)]
+        torch.cuda.synchronize()
+        del noise
+        assert all(map(torch.equal, got, right))
+        assert places == 3 * [("post_res", high)] + 3 * [("post_res_backward", own)]

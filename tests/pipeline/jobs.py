@@ -13,6 +13,7 @@ import models
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fake_streams import fake_streams
 
 import mhc_compile as mc
 
@@ -135,6 +136,22 @@ def order_of_events(variant, microbatches):
         "last": runner.plan.layout.stages - 1,
         "in_flight": runner.plan.peak_in_flight[RANK], "left": sum(map(len, left)),
     }  # fmt: skip
+
+
+def merges(recompute):
+    """Where merges of a step run that has a stream of high priority, and whether bits stay."""
+    runner, _, batch, target = prepare("nanogpt", "dualpipev", 4, recompute=recompute)
+    found, places = [], {}
+    with fake_streams() as (stream, log):
+        for runner._high_priority in (None, stream):
+            log.clear()
+            loss = runner.step(batch, target)
+            found.append([loss, *(p.grad for p in runner.parameters() if p.grad is not None)])
+            for parameter in runner.parameters():
+                parameter.grad = None
+        for line in log:
+            places[line] = places.get(line, 0) + 1
+    return {"same": all(map(torch.equal, *found)), "places": places}
 
 
 def several_steps(variant):

@@ -86,9 +86,20 @@ def check_early_sends(found):
     assert found["held"] <= found["in_flight"] + 1 and not found["left"]
 
 
+def check_merges(found, recomputed):
+    """Of 4 chunks' 2 blocks those after an MLP have high priority, but for what runs again."""
+    assert found["same"]
+    assert found["places"] == {
+        "post_res on own": 8 + recomputed, "post_res on high": 8, "post_res_backward on own": 16,
+        "high waits for own": 8, "own waits for high": 8, "memory kept for own": 8,
+    }  # fmt: skip
+
+
 def test_two_ranks(tmp_path):
     others = {
         "events": ["order_of_events", {"variant": "dualpipev", "microbatches": 6}],
+        "merges": ["merges", {"recompute": False}],
+        "merges, recompute": ["merges", {"recompute": True}],
         "tied across ranks": ["several_steps", {"variant": "zb1p"}],
         "tied on a rank": ["several_steps", {"variant": "dualpipev"}],
     }
@@ -96,6 +107,8 @@ def test_two_ranks(tmp_path):
     check_training(ranks, TWO)
     for rank in ranks:
         check_early_sends(rank.report["events"])
+        check_merges(rank.report["merges"], 0)
+        check_merges(rank.report["merges, recompute"], 16)
         for tied in ("tied across ranks", "tied on a rank"):
             steps = rank.report[tied]
             assert steps["losses"] == pytest.approx(steps["wanted"], rel=TOLERANCE)
