@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, FunctionType
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._library.utils import get_layout_constraint_tag
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,6 +43,7 @@ __all__ = [
     "inductor_mode_options",
     "inductor_option_names",
     "inductor_setting",
+    "introduce_to_inductor",
     "is_internal",
     "log_artifact",
     "is_view_call",
@@ -194,6 +196,23 @@ def fake_mode_of(tensors: Any) -> contextlib.AbstractContextManager[object]:
 
     mode: contextlib.AbstractContextManager[object] | None = detect_fake_mode(tensors)
     return mode or contextlib.nullcontext()
+
+
+def introduce_to_inductor(operators: Iterable[OpOverload]) -> None:
+    """Tells Inductor, where it is loaded, that these operators stay calls.
+
+    Else it notes so when it first meets one, and up to torch 2.12 this note writes out the
+    arguments with all that they were computed from: for the last operator of a chain that takes
+    twice as long for each one before it, hours for eight blocks.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None:
+        return
+    for operator in operators:
+        if operator not in lowering.lowerings:
+            tag = get_layout_constraint_tag(operator, with_default=True)
+            constraint = lowering.tag_to_layout_constraint(tag)
+            lowering.make_fallback(operator, constraint, warn=False, override_decomp=True)
 
 
 def compile_with_inductor(gm: Any, inputs: Any, settings: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_compile._torch_compat import below_autograd
+from mhc_compile._torch_compat import below_autograd, introduce_to_inductor
 from mhc_compile.runtime import fused, op_shapes
 from mhc_compile.runtime.high_priority import launch
 from mhc_compile.runtime.precision import autocast_off
@@ -105,6 +105,12 @@ def _run(name: str, *args: Any) -> Any:
             if kernels is not None and kernels.supports(first, streams):
                 return launch(getattr(kernels, name), *args)
         return launch(getattr(fused, name), *args)
+
+
+def _shapes(name: str, *args: Any) -> Any:
+    """The shapes of an operator's results, for tracing, which comes before Inductor."""
+    introduce_to_inductor(getattr(torch.ops.mhc, op).default for op in SCHEMAS)
+    return getattr(op_shapes, name)(*args)
 
 
 def _keep(ctx: Any, *tensors: Tensor | None) -> None:
@@ -231,7 +237,7 @@ def _register() -> None:
         qualified = f"mhc::{name}"
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "default", partial(_run, name))
-        torch.library.register_fake(qualified, getattr(op_shapes, name))
+        torch.library.register_fake(qualified, partial(_shapes, name))
         refuse = (partial(_refuse, name), _keep_nothing)
         backward, setup = _GRADIENTS.get(name, refuse)
         torch.library.register_autograd(qualified, backward, setup_context=setup)

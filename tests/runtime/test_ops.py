@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._inductor import config, graph, lowering
 
 import mhc_compile as mc
 from mhc_compile.conventions import CONVENTIONS, Convention, get_convention
@@ -609,3 +611,20 @@ def test_faster_than_autograd_through_the_reference():
         milliseconds(call, p)
     best = {call: min(milliseconds(call, p) for _ in range(5)) for call in (by_ops, by_reference)}
     assert best[by_reference] > 1.3 * best[by_ops], best
+
+
+def test_inductor_knows_the_operators(monkeypatch):
+    """Else up to torch 2.12 it writes out all that an operator's arguments come from."""
+
+    def chain(x, f, post, res):
+        for _ in range(2):
+            x = torch.ops.mhc.post_res(x, f, post, res)
+        return torch.ops.mhc.pre(x, post)
+
+    for operator in (op.post_res.default, op.pre.default):
+        monkeypatch.delitem(lowering.lowerings, operator, raising=False)
+    shapes = (3, 2, 8), (3, 8), (3, 2), (3, 2, 2)
+    torch.compiler.reset()
+    with mock.patch.object(graph.log, "info") as info, config.patch(force_disable_caches=True):
+        torch.compile(chain)(*map(torch.randn, shapes))
+    assert not info.called, info.call_args_list
