@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.render import render
@@ -133,6 +135,7 @@ def _plan_costs(arguments: argparse.Namespace) -> dict[str, Any] | OpCosts | Non
                 hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
                 layers=arguments.layers, link_us=arguments.link_us, link_gbs=arguments.link_gbs,
                 device=arguments.device, dtype=getattr(torch, arguments.dtype),
+                attention=_sublayer(arguments.attention), mlp=_sublayer(arguments.mlp),
             )  # fmt: skip
         return model_op_costs(
             hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
@@ -144,6 +147,25 @@ def _plan_costs(arguments: argparse.Namespace) -> dict[str, Any] | OpCosts | Non
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{arguments.op_costs}: {error}") from None
     return None if arguments.costs is None else _costs(arguments.costs)
+
+
+def _sublayer(name: str | None) -> nn.Module | None:
+    """Imports package.module:name, a module or what makes one; the working directory counts."""
+    if name is None:
+        return None
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"--attention and --mlp take package.module:name, got {name}: {error}"
+        ) from None
+    finally:
+        sys.path.pop(0)
+    made = found if isinstance(found, nn.Module) else found()
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"{name} makes a {type(made).__name__}, no torch.nn.Module")
+    return made
 
 
 def _costs(text: str) -> dict[str, Any]:
@@ -187,6 +209,11 @@ def _parser() -> argparse.ArgumentParser:
         "--measure", action="store_true",
         help="time a dense layer of these sizes here instead; messages are modelled",
     )  # fmt: skip
+    for name in ("attention", "mlp"):
+        plan.add_argument(
+            f"--{name}", metavar="PACKAGE.MODULE:NAME",
+            help="what --measure times as it: a module or its maker, [1, tokens, C] to the same",
+        )  # fmt: skip
     plan.add_argument("--device", help="on which --measure runs (default: the GPU if there is one)")
     plan.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     plan.add_argument(

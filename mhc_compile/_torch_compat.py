@@ -48,6 +48,7 @@ __all__ = [
     "log_artifact",
     "is_view_call",
     "no_nested_tensor_fastpath",
+    "occupy_gpu",
     "partitioned_forward",
     "pipeline_runtime",
     "saving_hook",
@@ -220,6 +221,11 @@ def compile_with_inductor(gm: Any, inputs: Any, settings: dict[str, Any]) -> Any
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, inputs, config_patches=settings)
+
+
+def occupy_gpu(cycles: int) -> None:
+    """Lets the GPU wait, so that what is launched meanwhile runs without gaps."""
+    torch.cuda._sleep(cycles)
 
 
 def boxed(graph_module: Any) -> Any:

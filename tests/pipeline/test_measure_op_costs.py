@@ -1,6 +1,7 @@
 """Measured costs: every number is there, and says where it is from."""
 
 import json
+import sys
 from dataclasses import fields
 
 import pytest
@@ -59,3 +60,27 @@ def test_refusals(capsys):
         mc.measure_op_costs(**SMALL, link_gbs=0)
     assert main(["plan", "--ranks", "2", "--microbatches", "4", "--measure"]) == 2
     assert "--measure needs the sizes --hidden and --tokens" in capsys.readouterr().err
+
+
+def test_command_with_sublayers_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sublayers.py").write_text(
+        "import torch\n"
+        "calls = []\n"
+        "class Mine(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        calls.append(x.shape)\n"
+        "        return super().forward(x)\n"
+        "def make():\n"
+        "    return Mine(32, 32)\n"
+        "ready = torch.nn.Linear(32, 32)\n"
+        "number = int\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "sublayers", raising=False)
+    own = ["--mlp", "sublayers:make", "--attention", "sublayers:ready", "--json"]
+    assert main([*COMMAND, *own]) == 0
+    assert sys.modules["sublayers"].calls
+    capsys.readouterr()
+    for wrong in ("sublayers:nothing", "no_such_module:make", "no such", "sublayers:number"):
+        assert main([*COMMAND, "--mlp", wrong]) == 2
+        assert wrong in capsys.readouterr().err
