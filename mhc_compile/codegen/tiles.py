@@ -55,7 +55,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         return Tile(tokens, width, math.ceil(c / width), warps, stages, inner)
 
     if spec.op in ("split_phi", "pad_phi"):
-        return strips(1, 8192 // spec.columns, 8 if many else 4)
+        return strips(1, 8192 // spec.columns, 8 if many or odd else 4)
     if spec.op == "mix":
         return strips(2 if many else 4, 512)
     if spec.op in ("pre", "spread"):
@@ -66,8 +66,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         inner = 128 if spec.streams > 2 else 64
         if full:
             return strips(16 if spec.streams == 3 else 32, 128, 8, 2, inner)
-        tile = strips(16, 128, 8 if odd else 4, 3, inner)
-        return replace(tile, registers=0 if odd or spec.streams < 4 else 128)  # four programs fit
+        return strips(16, 128, 4, 3, inner)
     if spec.op == "read_backward":
         warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)

@@ -13,7 +13,7 @@ from mhc_compile.codegen import tuning
 from mhc_compile.codegen.interpreter import interpreting, mend
 from mhc_compile.codegen.kernel_calls import KernelCalls
 from mhc_compile.codegen.kernel_set import kernel_set
-from mhc_compile.codegen.spec import KernelSpec
+from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.codegen.tile_table import Entry, TileTable, read_table
 from mhc_compile.codegen.tiles import GIVEN, choose_tile, tile_fault
 from mhc_compile.codegen.tune_kernel import Trial, best_of, entry_of, neighbours, tune_kernel
@@ -109,6 +109,7 @@ def test_packaged_table_is_sound():
         ("kernel", "there is no kernel 'mixed'"),
         ("time", "must be positive"),
         ("flat", "no flat form"),
+        ("registers", "registers must be a multiple of 8"),
     ],
 )
 def test_damaged_tables_are_refused(tmp_path, text, message):
@@ -120,6 +121,7 @@ def test_damaged_tables_are_refused(tmp_path, text, message):
         "kernel": row | {"kernel": "mixed"},
         "time": row | {"us": 0},
         "flat": row | {"tile": {"tokens": 4, "width": 512, "flat": True}},
+        "registers": row | {"tile": {"tokens": 4, "width": 512, "parts": 8, "registers": 100}},
     }
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"version": 1, "entries": [changed.get(text, {})]})
@@ -127,6 +129,14 @@ def test_damaged_tables_are_refused(tmp_path, text, message):
     with pytest.raises(MHCError, match=message) as error:
         read_table(path)
     assert "tiles.json" in str(error.value) and "tune.py" in str(error.value)
+
+
+def test_most_registers_are_for_nvidia_alone():
+    spec = KernelSpec("seam_backward", 4, 4096, "bf16", Tile(16, 128, 32, registers=128))
+    assert spec.options == {"num_warps": 4, "num_stages": 1, "maxnreg": 128}
+    assert "maxnreg" not in replace(spec, target="hip").options
+    assert "maxnreg" not in replace(spec, tile=Tile(16, 128, 32)).options
+    assert Tile(16, 128, 32, 4, 1, registers=168) in neighbours(spec)
 
 
 def test_names_say_which_kernel():
