@@ -125,6 +125,8 @@ def _plan_costs(arguments: argparse.Namespace) -> dict[str, Any] | OpCosts | Non
     sizes = arguments.hidden is not None or arguments.tokens is not None
     if sum((arguments.costs is not None, arguments.op_costs is not None, sizes)) > 1:
         raise ConfigError("give one of --costs, --op-costs, and --hidden with --tokens")
+    if not arguments.measure and (arguments.attention or arguments.mlp):
+        raise ConfigError("--attention and --mlp are what --measure times")
     if arguments.measure and not sizes:
         raise ConfigError("--measure needs the sizes --hidden and --tokens")
     if sizes:
@@ -156,13 +158,12 @@ def _sublayer(name: str | None) -> nn.Module | None:
     sys.path.insert(0, str(Path.cwd()))
     try:
         found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
+        made = found if isinstance(found, nn.Module) else found()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"--attention and --mlp take package.module:name, got {name}: {error}"
+            f"--attention and --mlp take package.module:name, a module or what makes one without "
+            f"arguments, got {name}: {error}"
         ) from None
-    finally:
-        sys.path.pop(0)
-    made = found if isinstance(found, nn.Module) else found()
     if not isinstance(made, nn.Module):
         raise ConfigError(f"{name} makes a {type(made).__name__}, no torch.nn.Module")
     return made

@@ -55,7 +55,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     _, g_pre, *_ = call.pre_backward(
         call.streams(x), maps, call.single(g_h), None, None, "none", 0.0
     )
-    return _spread(g_h, pre), call.by_token(g_pre.to(pre.dtype), call.n)
+    return _spread(g_h.to(x.dtype), pre), call.by_token(g_pre.to(pre.dtype), call.n)
 
 
 def pre_norm(
@@ -178,7 +178,8 @@ def seam_backward(
 
 def expand(x: Tensor, n: int) -> Tensor:
     """Copies `[..., C]` into `[..., n, C]`; torch joins, but does not expand, by wide loads."""
-    return torch.cat([x] * n, -1).view(*x.shape[:-1], n, x.shape[-1])
+    joined = torch.cat([x.contiguous()] * n, -1)
+    return joined.view(*x.shape[:-1], n, x.shape[-1])
 
 
 def expand_backward(g_y: Tensor) -> Tensor:

@@ -145,8 +145,8 @@ def tile_fault(spec: KernelSpec) -> str:
     sizes = (tile.tokens, tile.width, tile.warps, tile.inner, tile.gated)
     if any(size < 1 or size & (size - 1) for size in sizes):
         return "tokens, width, warps, inner and gated must be powers of two"
-    if tile.registers % 8 or not 0 <= tile.registers <= 256:
-        return "registers must be a multiple of 8 up to 256, or 0"
+    if tile.registers and (tile.registers % 8 or not 32 <= tile.registers <= 256):
+        return "registers must be a multiple of 8 from 32 to 256, or 0"
     if tile.warps > 32 or not 1 <= tile.stages <= 8:
         return "it takes up to 32 warps and 1 to 8 stages"
     if min(tile.parts, tile.shares) < 1:

@@ -41,7 +41,8 @@ def measure_op_costs(
 ) -> OpCosts:
     """Times a dense layer's forward, input gradient and weight gradient on one device.
 
-    Medians over repeats: on CUDA between events, of kernels without gaps, else of the wall clock.
+    Medians over repeats: on CUDA between events, of kernels without gaps unless a sublayer itself
+    waits for the GPU, else of the wall clock.
     mHC's parts are the operators that a transformed model runs in eager mode. The message is
     modelled as `link_us + bytes / link_gbs`, the quantum as a 32nd of attention, recompute as the
     sum of its measured parts; there is no all-to-all and no contention.
@@ -116,12 +117,13 @@ class _Clock:
             start = time.perf_counter()
             step()
             return (time.perf_counter() - start) * 1e6
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        occupy_gpu(LAUNCHING)
-        begin.record()
-        step()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device(self.device):  # whose stream all of this is on
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            occupy_gpu(LAUNCHING)
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
         return begin.elapsed_time(end) * 1e3
 
     def module(self, module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> list[float]:

@@ -351,6 +351,16 @@ def test_the_gradient_of_a_collapse_with_fixed_weights(n, dtype, device):
     assert g_weight.numel() == 0
 
 
+def test_results_lie_as_promised(device):
+    """Streams are contiguous whatever the input's strides; gradients have their value's dtype."""
+    x = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    assert launch.expand(x, 2).is_contiguous() and launch.expand(x, 1).is_contiguous()
+    torch.testing.assert_close(launch.expand(x, 2), x.unsqueeze(-2).expand(2, 3, 4, 2, 5))
+    p = inputs_of(Case("pre", 2, 40, 3, BF16), device)
+    g_x, _ = launch.pre_backward(torch.randn(3, 40, device=device), p["x"], p["pre"])
+    assert g_x.dtype == BF16
+
+
 def test_wrong_streams_are_refused(device):
     p = inputs_of(Case("pre", 9, 8), device)
     with pytest.raises(mc.MHCError, match="up to 8 streams, got 9"):

@@ -71,16 +71,22 @@ def test_command_with_sublayers_of_ones_own(tmp_path, monkeypatch, capsys):
         "        calls.append(x.shape)\n"
         "        return super().forward(x)\n"
         "def make():\n"
+        "    import lazily\n"
         "    return Mine(32, 32)\n"
         "ready = torch.nn.Linear(32, 32)\n"
         "number = int\n"
     )
+    (tmp_path / "lazily.py").touch()
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "sublayers", raising=False)
     own = ["--mlp", "sublayers:make", "--attention", "sublayers:ready", "--json"]
     assert main([*COMMAND, *own]) == 0
     assert sys.modules["sublayers"].calls
     capsys.readouterr()
-    for wrong in ("sublayers:nothing", "no_such_module:make", "no such", "sublayers:number"):
+    for wrong in ("sublayers:nothing", "no_such_module:make", "no such", "sublayers:number",
+                  "sublayers", "math:pi", "torch.nn:Linear"):  # fmt: skip
         assert main([*COMMAND, "--mlp", wrong]) == 2
         assert wrong in capsys.readouterr().err
+    assert main([*(word for word in COMMAND if word != "--measure"), *own]) == 2
+    assert "--measure" in capsys.readouterr().err
