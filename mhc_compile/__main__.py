@@ -136,12 +136,13 @@ def _plan_costs(arguments: argparse.Namespace) -> dict[str, Any] | OpCosts | Non
             return measure_op_costs(
                 hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
                 layers=arguments.layers, link_us=arguments.link_us, link_gbs=arguments.link_gbs,
+                contention=arguments.contention,
                 device=arguments.device, dtype=getattr(torch, arguments.dtype),
                 attention=_sublayer(arguments.attention), mlp=_sublayer(arguments.mlp),
             )  # fmt: skip
         return model_op_costs(
             hidden=arguments.hidden, tokens=arguments.tokens, streams=arguments.streams,
-            layers=arguments.layers, link_gbs=arguments.link_gbs,
+            layers=arguments.layers, link_gbs=arguments.link_gbs, contention=arguments.contention,
         )  # fmt: skip
     if arguments.op_costs is not None:
         try:
@@ -224,6 +225,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--link-gbs", type=float, default=40.0, metavar="BETA", help="GB/s between ranks"
     )
+    plan.add_argument(
+        "--contention", type=float, default=0.0, metavar="C",
+        help="compute takes 1 + C times as long while messages run",
+    )  # fmt: skip
     plan.add_argument("--out", type=Path, help="directory for JSON, CSV, trace and pictures")
     for command in (emit, recompute, plan):
         command.add_argument("--json", action="store_true", help="print JSON")

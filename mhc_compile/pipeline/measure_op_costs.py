@@ -35,6 +35,7 @@ def measure_op_costs(
     mlp: nn.Module | None = None,
     link_us: float = 0.0,
     link_gbs: float = 40.0,
+    contention: float = 0.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 7,
@@ -45,7 +46,7 @@ def measure_op_costs(
     waits for the GPU, else of the wall clock.
     mHC's parts are the operators that a transformed model runs in eager mode. The message is
     modelled as `link_us + bytes / link_gbs`, the quantum as a 32nd of attention, recompute as the
-    sum of its measured parts; there is no all-to-all and no contention.
+    sum of its measured parts; there is no all-to-all.
 
     Args:
         hidden: C.
@@ -57,6 +58,7 @@ def measure_op_costs(
         mlp: the same for the MLP; None is a SwiGLU of 8/3 C.
         link_us: alpha, what a message between neighbouring ranks takes besides its bytes.
         link_gbs: beta, GB/s of such a link.
+        contention: c slows compute by 1 + c while any communication runs.
         device: None is the GPU if there is one.
         dtype: of the streams and of the two modules' weights.
         repeats: of each measurement.
@@ -85,7 +87,7 @@ def measure_op_costs(
     size = streams * hidden * tokens * dtype.itemsize
     modelled = {
         "send": check_duration("link_us", link_us) + size / link_gbs * 1e-3,
-        "recv": 0.0, "dispatch": 0.0, "combine": 0.0, "contention": 0.0,
+        "recv": 0.0, "dispatch": 0.0, "combine": 0.0, "contention": contention,
         "quantum": measured["attention_F"] / 32,
     }  # fmt: skip
     derived = {"recompute": 2 * (measured["pre_F"] + measured["post_res_F"])}

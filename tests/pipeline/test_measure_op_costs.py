@@ -17,7 +17,8 @@ COMMAND = ["plan", "--ranks", "2", "--microbatches", "4", "--measure", "--hidden
 
 
 def test_each_number_is_measured_or_modelled():
-    costs = mc.measure_op_costs(**SMALL, link_us=7.0, link_gbs=0.5, layers=2)
+    costs = mc.measure_op_costs(**SMALL, link_us=7.0, link_gbs=0.5, contention=0.2, layers=2)
+    assert costs.contention == 0.2
     assert costs.send == pytest.approx(7.0 + 4 * 32 * 16 * 4 / 0.5 * 1e-3)
     text = costs.provenance
     assert text.startswith("measured on cpu, float32, torch ")
@@ -48,9 +49,10 @@ def test_modules_of_ones_own_and_one_stream():
 
 
 def test_command(capsys):
-    assert main([*COMMAND, "--link-us", "5", "--json"]) == 0
+    assert main([*COMMAND, "--link-us", "5", "--contention", "0.25", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["ops"]["costs"]
     assert table["provenance"].startswith("measured on cpu") and table["send"] > 5
+    assert table["contention"] == 0.25
 
 
 def test_refusals(capsys):
