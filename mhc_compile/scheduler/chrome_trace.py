@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mhc_compile.scheduler.overlap_plan import OverlapPlan
 
 TRACKS = ("compute", "high-priority compute", "all-to-all", "pipeline out", "pipeline in")
+FIRST = 1  # tid of the first track: 0 is to Perfetto the thread whose tid is the pid
 MOST_EVENTS = 500_000  # what Perfetto opens at ease; more is left out of written directories
 
 
@@ -59,7 +60,7 @@ def _queue_sends(slices: list[dict[str, Any]]) -> None:
     """Lets each send wait for the one before it, as the simulation does."""
     end = 0.0
     for event in slices:
-        if event["tid"] == OUT:
+        if event["tid"] == FIRST + OUT:
             event["ts"] = max(event["ts"], end)
             end = round(event["ts"] + event["dur"], 3)
 
@@ -70,7 +71,7 @@ def _slice(
     """A slice; times are whole ns, so that a part never reaches beyond its whole."""
     begin = round(start * unit_us, 3)
     return {
-        "ph": "X", "name": name, "cat": category, "pid": rank, "tid": track,
+        "ph": "X", "name": name, "cat": category, "pid": rank, "tid": FIRST + track,
         "ts": begin, "dur": round(round(end * unit_us, 3) - begin, 3),
     }  # fmt: skip
 
@@ -87,7 +88,7 @@ def _name_tracks(rank: int, tracks: tuple[str, ...]) -> list[dict[str, Any]]:
         {**event, "name": "process_name", "args": {"name": f"rank {rank}"}},
         {**event, "name": "process_sort_index", "args": {"sort_index": rank}},
     ]
-    for tid, track in enumerate(tracks):
+    for tid, track in enumerate(tracks, FIRST):
         events.append({**event, "tid": tid, "name": "thread_name", "args": {"name": track}})
         events.append(
             {**event, "tid": tid, "name": "thread_sort_index", "args": {"sort_index": tid}}
@@ -110,5 +111,5 @@ def _arrows(plan: OverlapPlan, unit_us: float) -> list[dict[str, Any]]:
             (read, message.target, {"ph": "f", "bp": "e"}),
         ):
             ts = round(float(time) * unit_us, 3)
-            events.append({**how, "pid": rank, "tid": 0, "ts": ts, **common})
+            events.append({**how, "pid": rank, "tid": FIRST, "ts": ts, **common})
     return events
