@@ -51,11 +51,10 @@ def pre(x: Tensor, pre: Tensor) -> Tensor:
 def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     """Gradients by `(x, pre)`."""
     call = _calls(x)
-    maps = call.by_component(pre, call.n)
-    _, g_pre, *_ = call.pre_backward(
-        call.streams(x), maps, call.single(g_h), None, None, "none", 0.0
-    )
-    return _spread(g_h.to(x.dtype), pre), call.by_token(g_pre.to(pre.dtype), call.n)
+    maps, gradient = call.by_component(pre, call.n), call.single(g_h)
+    _, g_pre, *_ = call.pre_backward(call.streams(x), maps, gradient, None, None, "none", 0.0)
+    g_x = call.spread(maps, gradient).view(x.shape)
+    return g_x, call.by_token(g_pre.to(pre.dtype), call.n)
 
 
 def pre_norm(
@@ -195,19 +194,15 @@ def collapse(x: Tensor, weight: Tensor) -> Tensor:
 def collapse_backward(g_h: Tensor, x: Tensor | None, weight: Tensor) -> Results:
     """Gradients by `(x, weight)`; x is None where the weight needs none."""
     each = weight.expand(*g_h.shape[:-1], -1)
-    if x is None:
-        return _spread(g_h, each), weight.new_empty(0)
-    g_x, g_each = pre_backward(g_h, x, each)
-    return g_x, g_each.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
-
-
-def _spread(g_h: Tensor, pre: Tensor) -> Tensor:
-    """The gradient of the streams by that of `h = sum_i pre_i x_i`; there may be many streams."""
-    like = g_h.unsqueeze(-2).expand(*pre.shape, -1)
-    if pre.shape[-1] > MAX_STREAMS:
-        return (pre.unsqueeze(-1) * like).to(g_h.dtype)
+    if x is not None:
+        g_x, g_each = pre_backward(g_h, x, each)
+        return g_x, g_each.reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
+    like = g_h.unsqueeze(-2).expand(*each.shape, -1)
+    if weight.shape[0] > MAX_STREAMS:  # nothing told `supports` of them
+        return (each.unsqueeze(-1) * like).to(g_h.dtype), weight.new_empty(0)
     call = _calls(like)
-    return call.spread(call.by_component(pre, call.n), call.single(g_h)).view(like.shape)
+    g_x = call.spread(call.by_component(each, call.n), call.single(g_h)).view(like.shape)
+    return g_x, weight.new_empty(0)
 
 
 def _calls(x: Tensor, rule: str | None = None) -> KernelCalls:

@@ -102,7 +102,6 @@ _NUMBERS = ("tokens", "group_tokens", "tiles", "programs", "groups")
 _SCALARS = dict.fromkeys(_NUMBERS, "i32") | {"eps": "fp32"}
 # Names that mean something else in one kernel.
 _SPECIAL: dict[tuple[str, str], Callable[[KernelSpec], Dims]] = {
-    ("pad_phi", "high"): lambda s: (s.streams, s.channels, s.columns),
     ("gates_backward", "high"): lambda s: ("tokens", s.columns),
     ("read", "partial"): lambda s: (s.tile.shares, s.maps + 1, "tokens"),
     ("gates_backward", "g_pre"): lambda s: (s.tile.parts, s.streams, "tokens"),

@@ -42,7 +42,7 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "split_phi":
         return "phi", f"high{low}"
     if spec.op == "pad_phi":
-        return "phi", "high"
+        return "phi", "phi_high"
     if spec.op == "mix":
         return "x f post res", "y"
     if spec.op == "project":

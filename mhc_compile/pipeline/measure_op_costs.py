@@ -43,10 +43,9 @@ def measure_op_costs(
     """Times a dense layer's forward, input gradient and weight gradient on one device.
 
     Medians over repeats: on CUDA between events, of kernels without gaps unless a sublayer itself
-    waits for the GPU, else of the wall clock.
-    mHC's parts are the operators that a transformed model runs in eager mode. The message is
-    modelled as `link_us + bytes / link_gbs`, the quantum as a 32nd of attention, recompute as the
-    sum of its measured parts; there is no all-to-all.
+    waits for the GPU, else of the wall clock. mHC's parts are the operators that a transformed
+    model runs in eager mode. The message is modelled as `link_us + bytes / link_gbs`, the quantum
+    as a 32nd of attention, recompute as the sum of its measured parts; there is no all-to-all.
 
     Args:
         hidden: C.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhc_compile._torch_compat import below_autograd, introduce_to_inductor
+from mhc_compile._torch_compat import OpOverload, below_autograd, introduce_to_inductor
 from mhc_compile.runtime import fused, op_shapes
 from mhc_compile.runtime.high_priority import launch
 from mhc_compile.runtime.precision import autocast_off
@@ -107,9 +107,14 @@ def _run(name: str, *args: Any) -> Any:
         return launch(getattr(fused, name), *args)
 
 
+@lru_cache(maxsize=1)
+def _operators() -> list[OpOverload]:
+    return [getattr(torch.ops.mhc, name).default for name in SCHEMAS]
+
+
 def _shapes(name: str, *args: Any) -> Any:
     """The shapes of an operator's results, for tracing, which comes before Inductor."""
-    introduce_to_inductor(getattr(torch.ops.mhc, op).default for op in SCHEMAS)
+    introduce_to_inductor(_operators())
     return getattr(op_shapes, name)(*args)
 
 
