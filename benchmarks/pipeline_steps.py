@@ -6,9 +6,10 @@ stream, the plain residual; "by torch" is torch's ScheduleDualPipeV on the same 
 leaves out what this library's pair adds, one at a time.
 
 The prediction is the plan's makespan, from the times of each rank's own forwards, backwards and
-pairs alone and of a message between neighbours. Of one step the kernels are recorded: "busy" is
-how long the GPU that computes least computes, "nccl alone" how long at most only messages ran,
-which is what they and the waiting for other ranks cost.
+pairs, each launched behind others so that the GPU is as busy as in a step, and of a message between
+neighbours. Of one step the kernels are recorded: "busy" is how long the GPU that computes least
+computes, "nccl alone" how long at most only messages ran, which is what they and the waiting for
+other ranks cost.
 
     torchrun --nproc-per-node 2 benchmarks/pipeline_steps.py --json out/pipeline.json --traces out
     torchrun --nproc-per-node 2 benchmarks/pipeline_steps.py --device cpu --channels 32 --blocks 4
@@ -30,13 +31,24 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import readme_table
 import torch
 import torch.distributed as dist
-from ranks import begin, forget_peak, free, most, peak_gib, synchronize, timed, timed_together
+from ranks import (
+    begin,
+    forget_peak,
+    free,
+    most,
+    peak_gib,
+    synchronize,
+    timed,
+    timed_in_work,
+    timed_together,
+)
 from timing import DTYPES, machine, write_json
 from torch import Tensor, nn
 from training_models import build, make_shape
@@ -46,6 +58,8 @@ from mhc_compile.runtime.high_priority import high_priority
 
 CHECKED = 1e-4
 """Largest difference of a gradient in float32, relative to the model's largest."""
+WORK = 4
+"""Forwards and backwards of a stage before each that is timed."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +271,10 @@ class Pipeline:
         def backward(out: list[Tensor]) -> None:
             torch.autograd.backward(out, [torch.ones_like(x) for x in out])
 
+        def some_work(number: int) -> None:
+            for _ in range(WORK):
+                backward(forward(number))
+
         def pair(first: int, second: int, out: list[Tensor]) -> Any:
             with self._stream(first), high_priority(self.runner._high_priority):
                 kept = forward(first)
@@ -269,10 +287,13 @@ class Pipeline:
             other = modules[k - 1][0]
             seconds = []
             for _ in range(5):
-                out, first = timed(lambda n=number: forward(n))
-                _, second = timed(lambda out=out: backward(out))
-                out = forward(other)
-                _, both = timed(lambda n=number, o=other, out=out: pair(n, o, out))
+                work = partial(some_work, number)
+                out, first = timed_in_work(lambda n=number: forward(n), work)
+                _, second = timed_in_work(lambda out=out: backward(out), work)
+                with self._stream(other):  # on which autograd runs the backward too
+                    out = forward(other)
+                run = partial(pair, number, other, out)
+                _, both = timed_in_work(run, work, list(self.runner._streams.values()))
                 seconds.append((first, second, both))
             medians = [statistics.median(column) for column in zip(*seconds, strict=True)]
             found = torch.maximum(found, torch.tensor(medians, dtype=torch.float64))

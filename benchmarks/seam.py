@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,28 +208,29 @@ def run_one(name: str, size: Size, device: torch.device) -> dict[str, Any]:
 
 def run_size(
     size: Size, names: Sequence[str], device: torch.device, until: float
-) -> dict[str, Any]:
-    """Rows of the plain residual and of libraries, while there is time."""
+) -> Iterator[dict[str, Any]]:
+    """Rows of the plain residual and of libraries, while there is time: all so far after each."""
     torch.compiler.reset()  # what was compiled for other sizes would be tried, or made dynamic
     unit = size.tokens * size.hidden * size.dtype.itemsize
     rate = copy_rate((2 * size.streams + 2) * unit, device)
     forward, both = plain(size.tokens, size.hidden, size.dtype, device)
     times = {"forward us": measure(forward)[0]["median"], "both us": measure(both)[0]["median"]}
     rows: dict[str, dict[str, Any]] = {PLAIN: {"status": "ok", **times}}
-    for name in names:
-        if time.perf_counter() > until:
-            rows[name] = {"status": "not run: the budget is used up"}
-            continue
-        rows[name] = run_one(name, size, device)
-        gc.collect()
-        torch.cuda.empty_cache()
-    for name, row in rows.items():
-        least = (4, 9) if name == PLAIN else (2 * size.streams + 2, 5 * size.streams + 5)
-        for what, units in zip(("forward", "both"), least, strict=True):
+    shape = {"tokens": size.tokens, "hidden": size.hidden, "streams": size.streams}
+    for name in (None, *names):
+        if name is not None:
+            late = time.perf_counter() > until
+            rows[name] = (
+                {"status": "not run: the budget is used up"} if late
+                else run_one(name, size, device)
+            )  # fmt: skip
+            gc.collect()
+            torch.cuda.empty_cache()
+        row, least = rows[name or PLAIN], (2 * size.streams + 2, 5 * size.streams + 5)
+        for what, units in zip(("forward", "both"), least if name else (4, 9), strict=True):
             if f"{what} us" in row:
                 row[f"{what} of copy"] = units * unit / rate / row[f"{what} us"]
-    shape = {"tokens": size.tokens, "hidden": size.hidden, "streams": size.streams}
-    return {**shape, "copy_bytes_per_us": rate, "rows": rows}
+        yield {**shape, "copy_bytes_per_us": rate, "rows": rows}
 
 
 def table(result: dict[str, Any], itemsize: int) -> str:
@@ -290,13 +291,15 @@ def main() -> None:
         if time.perf_counter() > until:
             print(f"not run, the budget is used up: {size}")
             continue
+        found: dict[str, Any] | None = None
         try:
-            results.append(run_size(size, args.only or list(PEERS), device, until))
+            for found in run_size(size, args.only or list(PEERS), device, until):
+                write_json(args, {"sizes": [*results, found]})
         except torch.OutOfMemoryError:
             print(f"no memory for {size}")
-            continue
-        print(table(results[-1], size.dtype.itemsize), flush=True)
-        write_json(args, {"sizes": results})
+        if found is not None:
+            results.append(found)
+            print(table(found, size.dtype.itemsize), flush=True)
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
 
 

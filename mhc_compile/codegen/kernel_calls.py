@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from mhc_compile.map_layout import as_components, as_maps
 
 Pair = tuple[Tensor, Tensor | None]
 """What enters products: high and low parts in bf16, or float32 and None."""
+_Sums = tuple[KernelSpec, dict[str, tuple[int, ...]]]
 _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -35,14 +36,32 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def _tiled(
     base: KernelSpec, op: str, tokens: int, fields: tuple[tuple[str, Any], ...], tuning: Tuning
 ) -> KernelSpec:
-    """A spec with its tile; kept, since every launch asks for one."""
+    """A spec with its tile."""
     rule = base.rule if op in GATED else Convention("paper")
     spec = replace(base, op=op, **{"rule": rule, **dict(fields)})
     return replace(spec, tile=tile_for(spec, tokens, tuning))
 
 
+@functools.lru_cache(maxsize=256)
+def kernel_calls(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, rule: str | None, tuning: Tuning
+) -> KernelCalls:
+    """`KernelCalls`, the same as long as the sizes are, with what earlier calls found out.
+
+    Python launches a layer's kernels one by one: where they are short, its time is the model's.
+    """
+    return KernelCalls(shape, dtype, device, rule, tuning)
+
+
 class KernelCalls:
-    """The kernels for one set of streams `x: [..., n, C]`.
+    """The kernels for streams `x: [..., n, C]` of one shape.
+
+    Args:
+        shape: of x.
+        dtype: of x.
+        device: of x.
+        rule: the convention, as `Convention.key` writes it.
+        tuning: how tiles are chosen; None is as the device's tables and the process say.
 
     Attributes:
         lead: the leading dimensions.
@@ -52,33 +71,70 @@ class KernelCalls:
         maps: columns of phi.
     """
 
-    def __init__(self, x: Tensor, rule: Convention | None = None) -> None:
-        self.lead, (self.n, self.channels) = x.shape[:-2], x.shape[-2:]
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device,
+        rule: str | None = None, tuning: Tuning | None = None,
+    ) -> None:  # fmt: skip
+        self.lead, (self.n, self.channels) = shape[:-2], shape[-2:]
         self.tokens = math.prod(self.lead)
-        self.dtype, self.device = x.dtype, x.device
-        self.tuning = tuning_of(x.device)
+        self.dtype, self.device = dtype, device
+        self.tuning = tuning or tuning_of(device)
         self.maps = self.n * (self.n + 2)
-        target = "interpret" if not x.is_cuda else "hip" if torch.version.hip else "cuda"
-        name = NAMES[x.dtype]
+        gpu = device.type == "cuda"
+        target = "interpret" if not gpu else "hip" if torch.version.hip else "cuda"
+        name = NAMES[dtype]
         self.base = KernelSpec(
             "mix", self.n, self.channels, name, Tile(16), "split" if name == "bf16" else "tf32x3",
-            rule or Convention("paper"), target=target,
+            Convention("paper") if rule is None else Convention.from_key(rule), target=target,
         )  # fmt: skip
+        self._specs: dict[tuple[Any, ...], KernelSpec] = {}
+        self._tiles: dict[tuple[str, int], Tile] = {}
+        self._sums: dict[tuple[Any, ...], _Sums] = {}
+        self._counts: dict[tuple[KernelSpec, str], int] = {}
+        self._launches: dict[tuple[Any, ...], tuple[Any, Callable[..., None]]] = {}
 
     def spec(self, op: str, **fields: Any) -> KernelSpec:
         """The kernel of an operation for these streams."""
-        return _tiled(self.base, op, self.tokens, tuple(fields.items()), self.tuning)
+        key = op, *fields.values()
+        found = self._specs.get(key)
+        if found is None:
+            found = _tiled(self.base, op, self.tokens, tuple(fields.items()), self.tuning)
+            self._specs[key] = found
+        return found
+
+    def given(self, name: str, number: int) -> Tile:
+        """A tile of which one field is another kernel's, the rest is chosen."""
+        key = name, number
+        if key not in self._tiles:
+            self._tiles[key] = replace(self.base.tile, **{name: number})  # type: ignore[arg-type]
+        return self._tiles[key]
 
     def run(self, spec: KernelSpec, *args: Any, programs: int | None = None) -> Any:
         """Launches a kernel, which is returned; None is for an argument that it does not read."""
-        if self.tokens:
-            kernel = load(spec)[grid(spec, self.tokens) if programs is None else (programs,)]
-            return kernel(*args, **spec.options)
-        return None
+        if not self.tokens:
+            return None
+        key = spec, programs, *map(_kind, args)
+        known = self._launches.get(key)
+        if known is not None:
+            compiled, again = known
+            again(*args)
+            return compiled
+        size = grid(spec, self.tokens) if programs is None else (programs,)
+        compiled = load(spec)[size](*args, **spec.options)
+        if spec.target == "cuda" and compiled is not None:
+            # Without Triton's own search for it, which compares more than can differ here.
+            self._launches[key] = compiled, compiled[(*size, 1, 1)[:3]]
+        return compiled
 
     def count(self, spec: KernelSpec, what: str) -> int:
         """Tiles, programs, workers or groups of a launch, see `signature.counts`."""
-        return counts(spec, self.tokens)[what]
+        key = spec, what
+        found = self._counts.get(key)
+        if found is None:
+            found = counts(spec, self.tokens)[what]
+            if what != "workers":  # of which there may be more from the second launch on
+                self._counts[key] = found
+        return found
 
     # --- shapes ---------------------------------------------------------------------------
 
@@ -88,17 +144,21 @@ class KernelCalls:
 
     def streams(self, tensor: Tensor) -> Tensor:
         """Streams or their gradients as `[tokens, n, C]`, contiguous."""
-        return tensor.to(self.dtype).reshape(self.tokens, self.n, self.channels).contiguous()
+        return self._cast(tensor).reshape(self.tokens, self.n, self.channels).contiguous()
 
     def single(self, tensor: Tensor) -> Tensor:
         """A sublayer's input or result, or a gradient of it, as `[tokens, C]`, contiguous."""
-        return tensor.to(self.dtype).reshape(self.tokens, self.channels).contiguous()
+        return self._cast(tensor).reshape(self.tokens, self.channels).contiguous()
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype is self.dtype else tensor.to(self.dtype)
 
     def by_component(self, tensor: Tensor | None, *shape: int) -> Tensor:
         """Maps `[..., *shape]` or their gradients as `[k, tokens]` float32; zeros for None."""
         if tensor is None:
             return torch.zeros(math.prod(shape), self.tokens, device=self.device)
-        return as_components(tensor.float(), len(shape))
+        plain = tensor if tensor.dtype is torch.float32 else tensor.float()
+        return as_components(plain, len(shape))
 
     def by_token(self, components: Tensor, *shape: int) -> Tensor:
         """The view `[..., *shape]` of `[k, tokens]`."""
@@ -139,7 +199,7 @@ class KernelCalls:
 
     def gates(self, partial: Tensor, alpha: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         """pre, post, res, proj `[k, tokens]` and square `[tokens]` of the partial products."""
-        spec = self.spec("gates", tile=replace(self.base.tile, parts=partial.shape[0]))
+        spec = self.spec("gates", tile=self.given("parts", partial.shape[0]))
         n = self.n
         out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
         square = self.empty(self.tokens)
@@ -152,7 +212,7 @@ class KernelCalls:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Gates and the read by them in one launch: what `pre` and `gates` return."""
         spec = self.spec("read", norm=norm, weight=weight is not None, shift=shift is not None,
-                         tile=replace(self.base.tile, shares=partial.shape[0]))  # fmt: skip
+                         tile=self.given("shares", partial.shape[0]))  # fmt: skip
         n = self.n
         out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
         square = self.empty(self.tokens)
@@ -231,7 +291,7 @@ class KernelCalls:
         `g_pre: [terms, n, tokens]` is summed over its terms. With `mixed`, the maps res, post and
         pre of a seam, there is in place of scale `[tokens, columns]`: these maps and scale.
         """
-        spec = self.spec("gates_backward", tile=replace(self.base.tile, parts=g_pre.shape[0]),
+        spec = self.spec("gates_backward", tile=self.given("parts", g_pre.shape[0]),
                          mix=bool(mixed))  # fmt: skip
         high = self.empty(self.tokens, spec.columns, dtype=operand_dtype(spec))
         low = torch.empty_like(high) if spec.products == "split" else None
@@ -306,19 +366,14 @@ class KernelCalls:
             Gradients by the names of `like`; those of maps are `[k, tokens]`. What has no shares is
             empty.
         """
-        weight, shift = (part is not None for part in affine)
-        gated = self.spec("gates_backward", tile=self.base.tile).tile
-        tile = replace(gated, parts=1 if dots is None else dots.shape[0])
-        spec = self.spec("add_shares", tile=tile, mix=dots is not None,
-                         **affine_sums(weight, shift))  # fmt: skip
-        shapes = {
-            name: (size, self.tokens) if part.by_token else like[name.removeprefix("g_")].shape
-            for part in shares_of(spec) for name, size in part.results
-            if name != "g_phi" or phi_shares is not None
-        }  # fmt: skip
+        weight, shift = affine[0] is not None, affine[1] is not None
+        parts = 0 if dots is None else dots.shape[0]
+        sizes = (value.shape for value in like.values())
+        key = weight, shift, phi_shares is None, parts, *sizes
+        spec, shapes = self._sums.get(key) or self._sum_up(key, like)
         make = torch.empty if self.tokens else torch.zeros
         out = {
-            name: make(shapes.get(f"g_{name}", (0,)), dtype=value.dtype, device=self.device)
+            name: make(shapes[name], dtype=value.dtype, device=self.device)
             for name, value in like.items()
         }
         # Of no groups no program reads anything.
@@ -330,10 +385,34 @@ class KernelCalls:
         )  # fmt: skip
         return out
 
+    def _sum_up(self, key: tuple[Any, ...], like: dict[str, Tensor]) -> _Sums:
+        """The kernel of `add_shares` and the shapes of its results."""
+        weight, shift, no_phi, parts = key[:4]
+        gated = self.spec("gates_backward", tile=self.base.tile).tile
+        spec = self.spec("add_shares", tile=replace(gated, parts=parts or 1), mix=parts > 0,
+                         **affine_sums(weight, shift))  # fmt: skip
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(like, (0,))
+        for part in shares_of(spec):
+            for name, size in part.results:
+                stem = name.removeprefix("g_")
+                if not (no_phi and stem == "phi"):
+                    shapes[stem] = (size, self.tokens) if part.by_token else like[stem].shape
+        self._sums[key] = found = spec, shapes
+        return found
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles a kernel anew for: CUDA kernels take wider loads of aligned memory."""
+    if isinstance(argument, Tensor):
+        return (argument.dtype, "odd") if argument.data_ptr() % 16 else argument.dtype
+    return float if isinstance(argument, float) else argument
+
 
 def _plain(*parameters: Tensor) -> tuple[Tensor, ...]:
     """Gates' parameters as the kernels compute with them, whatever the module was cast to."""
-    return tuple(parameter.float().contiguous() for parameter in parameters)
+    return tuple(
+        p.contiguous() if p.dtype is torch.float32 else p.float().contiguous() for p in parameters
+    )
 
 
 def arrivals(device: torch.device, tiles: int) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mhc_compile.codegen.kernel_calls import NAMES, KernelCalls, Pair
+from mhc_compile.codegen.kernel_calls import NAMES, KernelCalls, Pair, kernel_calls
 from mhc_compile.codegen.spec import MAX_STREAMS, NORMS
 from mhc_compile.codegen.tiles import fits_whole
-from mhc_compile.conventions import Convention
+from mhc_compile.codegen.tuning import tuning_of
 from mhc_compile.errors import MHCError
 
 Results = tuple[Tensor, ...]
@@ -211,7 +211,7 @@ def _calls(x: Tensor, rule: str | None = None) -> KernelCalls:
             f"there are kernels for up to {MAX_STREAMS} streams, got {x.shape[-2]}; the operators "
             "torch.ops.mhc.* run in torch then"
         )
-    return KernelCalls(x, None if rule is None else Convention.from_key(rule))
+    return kernel_calls(x.shape, x.dtype, x.device, rule, tuning_of(x.device))
 
 
 def _outputs(call: KernelCalls, gates: tuple[Tensor, ...]) -> Results:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mhc_compile.conventions import Convention
@@ -114,6 +115,18 @@ class KernelSpec:
             if size < 1 or size & (size - 1):
                 raise MHCError(f"tile.{name} must be a power of two, got {size!r}")
 
+    def __hash__(self) -> int:
+        """Of all fields, once: every launch looks its kernel up."""
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: in another process strings have other hashes."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @property
     def function(self) -> str:
         """The kernel's name in its module and in profiles."""
@@ -186,9 +199,9 @@ class KernelSpec:
 
     def to_json(self) -> str:
         """All fields, for the header of the source and for hashing."""
-        fields = asdict(self)
-        fields["rule"] = {k: v for k, v in fields["rule"].items() if k != "alpha_init"}
-        return json.dumps(fields, sort_keys=True)
+        values = asdict(self)
+        values["rule"] = {k: v for k, v in values["rule"].items() if k != "alpha_init"}
+        return json.dumps(values, sort_keys=True)
 
     @property
     def key(self) -> str:

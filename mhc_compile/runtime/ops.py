@@ -24,7 +24,7 @@ from torch import Tensor
 from mhc_compile._torch_compat import OpOverload, below_autograd, introduce_to_inductor
 from mhc_compile.runtime import fused, op_shapes
 from mhc_compile.runtime.high_priority import launch
-from mhc_compile.runtime.precision import autocast_off
+from mhc_compile.runtime.precision import autocast_off_now
 
 _STREAMS = "Tensor x, Tensor f, Tensor post, Tensor res"
 _PROJECTION = "Tensor phi, Tensor alpha, Tensor bias"
@@ -97,7 +97,7 @@ def _run(name: str, *args: Any) -> Any:
     This is the only place where the two are chosen between.
     """
     first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
-    with autocast_off(first), below_autograd():
+    with autocast_off_now(first), below_autograd():
         if first.is_cuda and name not in _TORCH_ONLY:
             kernels = _kernels()
             place = _STREAMS_AT.get(name)

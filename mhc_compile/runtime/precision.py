@@ -16,7 +16,17 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast would take the matmuls back to bfloat16, which moves row sums by 3e-3."""
+    """Autocast would take the matmuls back to bfloat16, which moves row sums by 3e-3.
+
+    It is entered even where autocast is off, since a trace may run where it is on.
+    """
     if x.device.type in AUTOCAST_DEVICES:
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
+
+
+def autocast_off_now(x: Tensor) -> AbstractContextManager[object]:
+    """The same for what is never traced: where autocast is off, nothing is entered."""
+    kind = x.device.type
+    on = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
+    return autocast_off(x) if on else nullcontext()

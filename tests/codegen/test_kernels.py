@@ -5,6 +5,8 @@ On a GPU with TRITON_INTERPRET=0 (`make test-gpu`), else in Triton's interpreter
 """
 
 import itertools
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,9 +27,11 @@ from operators import (
 
 import mhc_compile as mc
 from mhc_compile.codegen import interpreter, launch, signature
-from mhc_compile.codegen.kernel_calls import KernelCalls
+from mhc_compile.codegen import kernel_calls as module
+from mhc_compile.codegen.kernel_calls import KernelCalls, kernel_calls
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.traffic import count_traffic
+from mhc_compile.codegen.tuning import tuning_of
 from mhc_compile.runtime import ops
 
 BF16, F16, F32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,7 +61,7 @@ def poisoned(device):
 
 
 def test_memory_is_poisoned(device):
-    call = KernelCalls(torch.zeros(2, 4, 8, device=device))
+    call = KernelCalls(torch.Size((2, 4, 8)), torch.float32, torch.device(device))
     assert call.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(3, dtype=BF16, device=device)).isnan().all()
 
@@ -160,6 +164,54 @@ def test_small_launches_every_kernel(device, monkeypatch):
     wanted = {(spec.op, spec.mix, spec.carry) for spec in specs}
     assert wanted <= {key[:3] for key in seen}
     assert {("read", "rms"), ("read", "none")} <= {(key[0], key[3]) for key in seen}
+
+
+def test_a_launch_finds_the_kernel_of_the_one_before(monkeypatch):
+    """Unless Triton would compile another: for other dtypes, alignment, numbers, programs."""
+    searched, launched = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: launched.append((grid, args))
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: searched.append(grid) or Compiled()
+
+    monkeypatch.setattr(module, "load", lambda spec: Kernel())
+    call = KernelCalls(torch.Size((9, 4, 64)), BF16, torch.device("cpu"))
+    cuda = replace(call.spec("mix"), target="cuda")
+    room = torch.zeros(65)
+    values = [room[:64], None, 3, 1e-6]
+    call.run(cuda, *values)
+    call.run(cuda, torch.zeros(64), None, 3, 1e-5)
+    assert len(searched) == 1 and launched[0][0] == (*searched[0], 1, 1)
+    others = [[room[1:], None, 3, 1e-6], [room[:64].to(BF16), None, 3, 1e-6],
+              [room[:64], None, 4, 1e-6], [room[:64], room[:64], 3, 1e-6]]  # fmt: skip
+    for count, other in enumerate(others, 2):
+        call.run(cuda, *other)
+        assert len(searched) == count
+    call.run(cuda, *values, programs=7)
+    assert searched[-1] == (7,) and len(searched) == 6
+    for target in ("interpret", "hip"):
+        for _ in range(2):
+            call.run(replace(cuda, target=target), *values)
+    assert len(searched) == 10 and len(launched) == 1
+
+
+def test_calls_of_one_size_are_kept():
+    size = torch.Size((9, 4, 64)), BF16, torch.device("cpu")
+    usual = tuning_of(size[2])
+    first = kernel_calls(*size, None, usual)
+    assert kernel_calls(*size, None, usual) is first
+    for other in ((*size, None, usual._replace(generation=7)), (*size, Case("read").key, usual)):
+        assert kernel_calls(*other) is not first
+
+
+def test_specs_are_found_in_other_processes():
+    spec = kernel_set(4, 40)[0]
+    assert hash(spec) == hash(replace(spec)) and replace(spec) == spec
+    assert "_hash" in vars(spec) and "_hash" not in vars(pickle.loads(pickle.dumps(spec)))
 
 
 class Unshared:

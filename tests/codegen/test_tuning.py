@@ -11,7 +11,7 @@ from mhc_compile.backend.options import parse_options
 from mhc_compile.codegen import tune_kernel as search
 from mhc_compile.codegen import tuning
 from mhc_compile.codegen.interpreter import interpreting, mend
-from mhc_compile.codegen.kernel_calls import KernelCalls
+from mhc_compile.codegen.kernel_calls import kernel_calls
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.spec import KernelSpec, Tile
 from mhc_compile.codegen.tile_table import Entry, TileTable, read_table
@@ -242,14 +242,13 @@ def test_the_backend_sets_the_mode():
 
 def test_launches_ask_again_after_a_table_changed(own_state):
     """Kept specs belong to a state of the tables; each tile is a kernel with a key of its own."""
-    call = KernelCalls(torch.zeros(8192, 4, 4096, dtype=torch.bfloat16, device="meta"))
-    call.tuning = ON_H100
-    before = call.spec("mix")
+    streams = torch.Size((8192, 4, 4096)), torch.bfloat16, torch.device("meta"), None
+    before = kernel_calls(*streams, ON_H100).spec("mix")
     own_state.mkdir(mode=0o700)
     TileTable([entry()]).write(own_state / "tiles.json")
     tuning.forget_tables()
-    call.tuning = ON_H100._replace(generation=tuning._State.generation)
-    after = call.spec("mix")
+    again = ON_H100._replace(generation=tuning._State.generation)
+    after = kernel_calls(*streams, again).spec("mix")
     assert after.tile == FOUND != before.tile and after.key != before.key
 
 
