@@ -5,6 +5,7 @@ seam.py, training_check.py, pipeline_steps.py, data_parallel.py; without files n
 
     cd benchmarks/results
     python ../readme_table.py seam.json dense_4096.json moe_27b.json training_check.json
+    python ../readme_table.py sweep_*.json --page ../../docs/kernels.md
     python ../readme_table.py pipeline*.json data_parallel*.json --page ../../docs/several_gpus.md
     python benchmarks/readme_table.py out/dense.json --page docs/backend.md
 """
@@ -95,6 +96,8 @@ def memory(found: Found) -> str:
 
 def seam(found: Found) -> str:
     """A table of one seam by several libraries."""
+    if found["setting"]["sweep"]:
+        return sweep(found)
     body = []
     for size in found["sizes"]:
         for name, row in size["rows"].items():
@@ -108,6 +111,30 @@ def seam(found: Found) -> str:
     headers = ["tokens", "C", "n", "one seam", "forward us", "of copy", "forward and backward us",
                "of copy"]  # fmt: skip
     title = f"One seam, {found['setting']['dtype']}, and the share of a copy's rate"
+    return f"{title}; {where(found)}:\n\n{markdown(headers, body)}"
+
+
+def sweep(found: Found) -> str:
+    """The first library's times in a sweep of sizes, a row for each n and C."""
+    sizes = found["sizes"]
+    tokens = sorted({size["tokens"] for size in sizes})
+    cells: dict[tuple[int, int], dict[int, str]] = {}
+    for size in sizes:
+        name, row = next((n, r) for n, r in size["rows"].items() if not n.startswith("plain"))
+        text = row["status"]
+        if text == "ok":
+            times = f"{row['forward us']:.0f} / {row['both us']:.0f}"
+            text = f"{times} ({row['forward of copy']:.2f}, {row['both of copy']:.2f})"
+        cells.setdefault((size["streams"], size["hidden"]), {})[size["tokens"]] = text
+    body = [
+        [str(n), str(c), *(row.get(count, "not run") for count in tokens)]
+        for (n, c), row in sorted(cells.items())
+    ]
+    headers = ["n", "C", *(f"{count} token{'s' * (count > 1)}" for count in tokens)]
+    title = (
+        f"One seam by {name}, {found['setting']['dtype']}: microseconds forward / forward and "
+        "backward, and these as shares of a copy's rate"
+    )
     return f"{title}; {where(found)}:\n\n{markdown(headers, body)}"
 
 

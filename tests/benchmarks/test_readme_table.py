@@ -8,7 +8,7 @@ from readme_table import BEGIN, END, README, main
 
 SETTING = {
     "model": "dense", "channels": 64, "blocks": 2, "batch": 1, "length": 16, "streams": 4,
-    "graph": False, "dtype": "bf16", "steps": 500, "seeds": 4,
+    "graph": False, "sweep": False, "dtype": "bf16", "steps": 500, "seeds": 4,
     "gpu": "a GPU", "driver": "1.2", "torch": "3.4", "triton": "5.6",
 }  # fmt: skip
 MS = {"median": 4.0, "low": 3.9, "high": 4.2}
@@ -83,6 +83,24 @@ def test_all_kinds(tmp_path, page):
     assert "1.150" in text and "2.5" in text and "wrong" in text
     main([written(tmp_path, "check"), "--page", str(page)])  # again: the section is replaced
     assert "| mhc" not in page.read_text() and page.read_text().count(BEGIN) == 1
+
+
+def test_a_sweep_has_a_row_for_each_width(tmp_path, page):
+    ours = FILES["seam"]["sizes"][0]["rows"]["ours"]
+    sizes = [
+        {"tokens": tokens, "hidden": hidden, "streams": 4,
+         "rows": {"plain residual": ours | {"forward us": 77.0}, "ours": row}}
+        for tokens, hidden, row in ((8, 64, ours), (1, 64, {"status": "wrong"}), (8, 32, ours))
+    ]  # fmt: skip
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps({"setting": SETTING | {"sweep": True}, "sizes": sizes}))
+    main([str(path), "--page", str(page)])
+    text = page.read_text()
+    assert "One seam by ours" in text and "77" not in text
+    lines = [line.replace(" ", "") for line in text.splitlines()]
+    for line in ("|n|C|1token|8tokens|", "|4|32|notrun|10/30(0.50,0.25)|",
+                 "|4|64|wrong|10/30(0.50,0.25)|"):  # fmt: skip
+        assert line in lines
 
 
 def test_without_files_nothing_changes(page, capsys):
