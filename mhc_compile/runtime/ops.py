@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -103,8 +104,15 @@ def _run(name: str, *args: Any) -> Any:
             place = _STREAMS_AT.get(name)
             streams = None if place is None else args[place]
             if kernels is not None and kernels.supports(first, streams):
-                return launch(getattr(kernels, name), *args)
+                with _device_of(first):
+                    return launch(getattr(kernels, name), *args)
         return launch(getattr(fused, name), *args)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, but a model may lie on another, or on several."""
+    here = tensor.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(tensor.device)
 
 
 @lru_cache(maxsize=1)

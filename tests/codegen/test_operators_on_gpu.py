@@ -53,6 +53,13 @@ def test_kernels_that_are_known(odd):
     check(case, p)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_tensors_on_a_gpu_that_is_not_the_current_one():
+    case = Case("seam", 4, 64, 33, BF16, norm="rms")
+    check(case, inputs_of(case, "cuda:1"))
+    check(case, inputs_of(case, "cuda:0"))
+
+
 def test_more_than_2_to_31_elements():
     """The last tokens of a call with that many are those of a call of their own."""
     case = Case("seam", 4, 4096, 2**17 + 70, BF16, norm="rms")

@@ -1,5 +1,6 @@
 """The operators `torch.ops.mhc.*`: equal to the reference, opaque to torch.compile."""
 
+import contextlib
 import dataclasses
 import time
 from unittest import mock
@@ -503,6 +504,7 @@ def test_kernels_run_where_they_support_the_streams(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(ops, "_kernels", lambda: Kernels)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of CPU tensors
     x, pre = torch.randn(2, 3, 5), torch.rand(2, 3)
     torch.testing.assert_close(ops._run("pre", x, pre), reference.apply_pre(x, pre))
     assert calls == []
@@ -516,6 +518,37 @@ def test_kernels_run_where_they_support_the_streams(monkeypatch):
         reference.apply_pre(x, pre),
     )
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_kernels_run_on_the_device_of_their_tensors(current, monkeypatch):
+    """Triton launches on the current one; a model may be on "cuda:1", or on several GPUs."""
+    entered = []
+
+    class Kernels:
+        @staticmethod
+        def supports(first, streams):
+            return True
+
+        @staticmethod
+        def expand_backward(g_y):
+            return g_y.sum(-2)
+
+    class OnSecond(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda:1")
+
+    @contextlib.contextmanager
+    def switched(device):
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(ops, "_kernels", lambda: Kernels)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    monkeypatch.setattr(ops, "autocast_off_now", lambda first: contextlib.nullcontext())
+    ops._run("expand_backward", torch.randn(2, 3, 5).as_subclass(OnSecond))
+    assert entered == [torch.device("cuda:1")] * (current == 0)
 
 
 def test_the_streams_of_each_operator():
