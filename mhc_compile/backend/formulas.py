@@ -75,6 +75,15 @@ def pre_norm(
     return h.to(x.dtype).view(*x.shape[:-2], x.shape[-1])
 
 
+def rebuild(
+    x: Tensor, f: Tensor, post: Tensor, res: Tensor, pre: Tensor, weight: Tensor | None,
+    shift: Tensor | None, norm: str, norm_eps: float,
+) -> Tensors:  # fmt: skip
+    """The y and h of `seam` from its maps, the next sublayer's `pre` among them."""
+    y = post_res(x, f, post, res)
+    return y, pre_norm(y, pre, weight, shift, norm, norm_eps)
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     y = _merge(_rows(x, 2), _rows(f, 1), _map_rows(post, 1), _map_rows(res, 2))

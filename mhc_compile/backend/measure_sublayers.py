@@ -42,7 +42,8 @@ def outline(seams: Sequence[Node]) -> Sizes:
     embedding = unit if mhc_op(x) == "expand" else whole
     # The streams' gradients after and before a seam, which also reads the state that starts the
     # next block.
-    return Sizes(streams.shape[-2], unit, none, 0, whole, embedding, none, 3 * whole)
+    # A state and the sublayer's input beside it are rebuilt together.
+    return Sizes(streams.shape[-2], unit, none, 0, whole + unit, embedding, none, 3 * whole)
 
 
 def measure_sublayers(seams: Sequence[Node], weights: Collection[str]) -> Sizes:

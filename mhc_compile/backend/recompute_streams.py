@@ -24,8 +24,9 @@ def recompute_streams(
     """Makes the backward rebuild x_l and h_l of all sublayers that do not start a block.
 
     In a joint graph of forward and backward, the backward's readers of a seam's y and h get
-    `post_res` and `pre_norm` of what is kept: the block's first x, the results of every F, and the
-    maps, so that neither F nor projection nor Sinkhorn-Knopp runs again. Tags tell the partitioner.
+    `rebuild`, or `pre_norm` where y is kept, of what is kept: the block's first x, the results of
+    every F, and the maps, so that neither F nor projection nor Sinkhorn-Knopp runs again. Tags tell
+    the partitioner.
 
     Args:
         graph: the joint graph, changed in place.
@@ -45,7 +46,10 @@ def recompute_streams(
 
 def count_rebuilt(graph: Graph) -> int:
     """How many sublayers' streams a backward graph rebuilds."""
-    return sum(bool(node.meta.get(REBUILT)) and mhc_op(node) == "post_res" for node in graph.nodes)
+    return sum(
+        bool(node.meta.get(REBUILT)) and mhc_op(node) in ("post_res", "rebuild")
+        for node in graph.nodes
+    )
 
 
 def _rebuild(
@@ -54,24 +58,30 @@ def _rebuild(
     """Gives the backward its own y and h of a seam; returns that y, None if y is kept."""
     x, f, post, res, _, _, _, weight, shift, norm, eps, _ = arguments(seam)
     y, h, pre = (result(seam, k) for k in range(3))
+    if h is not None and pre is None:
+        with graph.inserting_after(seam):
+            pre = graph.call_function(operator.getitem, (seam, 2))
+        pre.meta["val"] = seam.meta["val"][2]
     _save(f, post, res, pre, y if keep else None)
     anchor = max(node for node in (seam, y, h, pre) if node is not None)  # the last of them
-    again: Node | None = None
-    streams = y
-    if not keep and y is not None:
-        again = streams = _call(graph, anchor, torch.ops.mhc.post_res.default,
-                                (before or x, f, post, res), y)  # fmt: skip
-        _give(graph, y, again, backward)
-        anchor = again
-    if h is not None and streams is not None:
-        if pre is None:
-            with graph.inserting_after(seam):
-                pre = graph.call_function(operator.getitem, (seam, 2))
-            pre.meta["val"] = seam.meta["val"][2]
-            _save(pre)
-        read = _call(graph, anchor, torch.ops.mhc.pre_norm.default,
-                     (streams, pre, weight, shift, norm, eps), h)  # fmt: skip
+    if y is None:
+        return None
+    if keep:
+        if h is not None:
+            read = _call(graph, anchor, torch.ops.mhc.pre_norm.default,
+                         (y, pre, weight, shift, norm, eps), h)  # fmt: skip
+            _give(graph, h, read, backward)
+        return None
+    mixed = before or x, f, post, res
+    if h is None or not _read_in_backward(h, backward):
+        again = _call(graph, anchor, torch.ops.mhc.post_res.default, mixed, y)
+    else:
+        both = _call(graph, anchor, torch.ops.mhc.rebuild.default,
+                     (*mixed, pre, weight, shift, norm, eps), y)  # fmt: skip
+        read = _call(graph, both, operator.getitem, (both, 1), h)
+        again = _call(graph, both, operator.getitem, (both, 0), y)
         _give(graph, h, read, backward)
+    _give(graph, y, again, backward)
     return again
 
 

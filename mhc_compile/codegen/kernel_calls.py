@@ -20,7 +20,7 @@ from mhc_compile.codegen.kernel_set import affine_sums
 from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.signature import counts, grid, group_tokens, learn_residents
 from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
-from mhc_compile.codegen.tiles import fits_whole
+from mhc_compile.codegen.tiles import fits_rows, fits_whole
 from mhc_compile.codegen.tuning import Tuning, tile_for, tuning_of
 from mhc_compile.conventions import Convention
 from mhc_compile.map_layout import as_components, as_maps
@@ -228,8 +228,22 @@ class KernelCalls:
         """Reads h = sum_i pre_i x_i, normed, `[tokens, C]`."""
         spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None)
         h = self.empty(self.tokens, self.channels, dtype=self.dtype)
-        self.run(spec, x, pre, weight, shift, h, self.tokens, eps)
+        self.run(spec, x, None, None, None, pre, weight, shift, None, h, self.tokens, eps)
         return h
+
+    def rebuild(
+        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, pre: Tensor, weight: Tensor | None,
+        shift: Tensor | None, norm: str, eps: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`mix`, and `pre` of its result, in one launch where registers allow: y and h."""
+        if not fits_rows(self.base):
+            y = self.mix(x, f, post, res)
+            return y, self.pre(y, pre, weight, shift, norm, eps)
+        spec = self.spec("pre", mix=True, norm=norm, weight=weight is not None,
+                         shift=shift is not None)  # fmt: skip
+        y, h = torch.empty_like(x), torch.empty_like(f)
+        self.run(spec, x, f, post, res, pre, weight, shift, y, h, self.tokens, eps)
+        return y, h
 
     def seam_once(
         self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, phi: Tensor, alpha: Tensor,

@@ -68,6 +68,18 @@ def pre_norm(
     return h.view(*call.lead, call.channels)
 
 
+def rebuild(
+    x: Tensor, f: Tensor, post: Tensor, res: Tensor, pre: Tensor, weight: Tensor | None,
+    shift: Tensor | None, norm: str, norm_eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The y and h of `seam` from its maps, the next sublayer's `pre` among them."""
+    call = _calls(x)
+    _check_norm(norm)
+    maps = (*call.mixing(post, res), call.by_component(pre, call.n))
+    y, h = call.rebuild(call.streams(x), call.single(f), *maps, weight, shift, norm, norm_eps)
+    return y.view(x.shape), h.view(*call.lead, call.channels)
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     call = _calls(x)

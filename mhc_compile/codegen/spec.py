@@ -72,8 +72,8 @@ class KernelSpec:
             phi is in bf16 for "split" too, and what it is multiplied by is such a sum.
         tile: see `Tile`.
         rule: the numerical axes; only those of `GATED` depend on it.
-        mix: the streams are mixed first, y = res x + post f ("project"), or were ("gates_backward",
-            "add_shares").
+        mix: the streams are mixed first, y = res x + post f ("project", "pre"), or were
+            ("gates_backward", "add_shares").
         carry: a gradient of the streams is added ("read_backward").
         norm: the norm of the next sublayer, done with the read ("pre", "read", "pre_backward",
             "seam_once", "add_shares").

@@ -56,7 +56,8 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "read":
         return f"x partial alpha bias{weight}{shift}", "pre post res proj square h"
     if spec.op == "pre":
-        return f"x pre{weight}{shift}", "h"
+        mix, y = (" f post res", "y ") if spec.mix else ("", "")
+        return f"x{mix} pre{weight}{shift}", f"{y}h"
     if spec.op == "pre_backward":
         if not normed:
             return "x g_out", "g_pre"
@@ -237,10 +238,13 @@ def seam_units(specs: Iterable[KernelSpec]) -> tuple[float, float]:
     """Bytes a token of the forward and the backward seam, in units of C elements.
 
     Args:
-        specs: the kernels of one seam, see `kernel_set`; those for phi alone move nothing a token.
+        specs: the kernels of one seam, see `kernel_set`; those for phi alone move nothing a token,
+            "pre" with a mix is for recompute.
     """
     forward = backward = 0.0
     for spec in specs:
+        if spec.op == "pre":
+            continue
         itemsize = 4 if spec.dtype == "fp32" else 2
         units = bytes_per_token(spec) / (spec.channels * itemsize)
         if spec.op.endswith("_backward") or spec.op == "add_shares":

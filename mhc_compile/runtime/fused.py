@@ -129,6 +129,22 @@ def pre_norm(
     return mix(x, pre, make_norm(norm, norm_eps, weight, shift))
 
 
+def rebuild(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor,
+    pre: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    norm_eps: float,
+) -> Tensors:
+    """The y and h of `seam` from its maps, the next sublayer's `pre` among them."""
+    y = merge(x, f, post, res)
+    return y, pre_norm(y, pre, weight, shift, norm, norm_eps)
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     return merge(x, f, post, res)

@@ -100,6 +100,21 @@ def pre_norm(
     return x.new_empty((*x.shape[:-2], x.shape[-1]))
 
 
+def rebuild(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    res: Tensor,
+    pre: Tensor,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    norm: str,
+    norm_eps: float,
+) -> Tensors:
+    """Like x, and `[..., C]` in x's dtype."""
+    return _like(x), x.new_empty((*x.shape[:-2], x.shape[-1]))
+
+
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """Like x."""
     return _like(x)

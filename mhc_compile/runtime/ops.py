@@ -45,6 +45,8 @@ SCHEMAS = {
     "pre": "(Tensor x, Tensor pre) -> Tensor",
     "pre_backward": "(Tensor g_h, Tensor x, Tensor pre) -> (Tensor g_x, Tensor g_pre)",
     "pre_norm": f"(Tensor x, Tensor pre, {_NORM}, str norm, float norm_eps) -> Tensor",
+    "rebuild": f"({_STREAMS}, Tensor pre, {_NORM}, str norm, float norm_eps) -> "
+    "(Tensor y, Tensor h)",
     "post_res": f"({_STREAMS}) -> Tensor",
     "post_res_backward": f"(Tensor g_y, {_STREAMS}) -> "
     "(Tensor g_x, Tensor g_f, Tensor g_post, Tensor g_res)",
@@ -66,8 +68,8 @@ SCHEMAS = {
 """The operators by name. Each is implemented in `fused`, and for CUDA in `codegen.launch`.
 
 `maps` and `maps_backward` are the part of `coefficients` between the products and the maps, for
-graphs in which the rest was written out (`mhc_compile.backend.formulas`). `pre_norm` is h of a
-seam again, from streams and maps that are there, for backward graphs.
+graphs in which the rest was written out (`mhc_compile.backend.formulas`). `rebuild` is y and h of a
+seam again, from maps that are there, and `pre_norm` h alone, from y, for backward graphs.
 """
 _TORCH_ONLY = ("maps", "maps_backward")
 _STREAMS_AT = {

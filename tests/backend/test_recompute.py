@@ -9,6 +9,7 @@ from test_passes import C, N, Sublayers
 from torch.nn import functional as F
 
 from mhc_compile.backend import mhc
+from mhc_compile.backend.check_graph import count_operators
 from mhc_compile.backend.options import parse_options
 from mhc_compile.backend.recompute import Recompute
 from mhc_compile.backend.records import GraphRecord, last_record
@@ -123,6 +124,33 @@ def test_dropout_and_readers_of_states(kind):
     got = run(model, x, 4, "aot_eager")
     for a, b in zip(got, wanted, strict=True):
         assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+    assert last_record().rebuilt == 5
+
+
+class Doubles(Sublayers):
+    def sublayer(self, k, h):
+        return 2 * h
+
+
+@pytest.mark.parametrize("kind", [Sublayers, Doubles])
+def test_inputs_are_rebuilt_with_their_states_where_they_are_needed(kind, monkeypatch):
+    """In one step; a sublayer whose backward does not read its input gets none."""
+    seen, verify = [], Recompute.verify
+
+    def note(self, graph):
+        verify(self, graph)
+        seen.append(count_operators(graph))
+
+    model, x = kind(L), torch.randn(2, 5, C)
+    wanted = run(model, x, "off", "aot_eager")
+    monkeypatch.setattr(Recompute, "verify", note)
+    got = run(model, x, (4, 3), "aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    forward, backward = seen
+    assert not forward["rebuild"] and not forward["pre_norm"] and not forward["post_res"]
+    read = kind is Sublayers
+    assert (backward["rebuild"], backward["post_res"]) == ((5, 0) if read else (0, 5))
+    assert backward["pre_norm"] == read  # of the second block's first state, which is kept
     assert last_record().rebuilt == 5
 
 

@@ -20,7 +20,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pick(op, *args, **kwargs):
-    return next(spec for spec in kernel_set(*args, **kwargs) if spec.op == op)
+    return next(spec for spec in kernel_set(*args, **kwargs) if spec.name == op)
 
 
 CASES = {

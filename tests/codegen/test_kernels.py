@@ -32,7 +32,7 @@ from mhc_compile.codegen.kernel_calls import KernelCalls, kernel_calls
 from mhc_compile.codegen.kernel_set import kernel_set
 from mhc_compile.codegen.traffic import count_traffic
 from mhc_compile.codegen.tuning import tuning_of
-from mhc_compile.runtime import ops
+from mhc_compile.runtime import fused, ops
 
 BF16, F16, F32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHANNELS, TOKENS = (33, 1000, 4099), (0, 1, 3, 64, 130)
@@ -159,11 +159,44 @@ def test_small_launches_every_kernel(device, monkeypatch):
 
     monkeypatch.setattr(KernelCalls, "run", noted)
     for case in SMALL:
-        run_both_ways(case, device)
+        out, _ = run_both_ways(case, device)
+        if case.op == "seam":
+            rebuilt(torch.ops.mhc.rebuild, case, inputs_of(case, device), out[2].detach())
     specs = [spec for n in (4, 5) for spec in kernel_set(n, 40)]
     wanted = {(spec.op, spec.mix, spec.carry) for spec in specs}
     assert wanted <= {key[:3] for key in seen}
     assert {("read", "rms"), ("read", "none")} <= {(key[0], key[3]) for key in seen}
+
+
+def rebuilt(operator, case, p, pre):
+    """A seam's y and h again, from its maps."""
+    given = [p[name].detach() for name in ("x", "f", "post", "res")]
+    affine = (None if p.get(name) is None else p[name].detach() for name in ("weight", "shift"))
+    return operator(*given, pre, *affine, case.norm.split()[0], 1e-6)
+
+
+REBUILT = [
+    (n, channels, tokens, dtype, norm)
+    for (n, channels, tokens, dtype), norm in itertools.product(
+        ((4, 33, 3, BF16), (3, 40, 7, F32), (2, 1000, 2, F16), (1, 64, 5, BF16), (5, 33, 3, BF16),
+         (4, 40, 0, BF16)), NORMS,
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REBUILT, ids=str)
+def test_rebuild(case, device):
+    n, channels, tokens, dtype, norm = case
+    case = Case("seam", n, channels, tokens, dtype, norm=norm, apart=True)
+    p = inputs_of(case, device)
+    pre = torch.rand(*p["x"].shape[:-1], device=device)
+    y, h = rebuilt(torch.ops.mhc.rebuild, case, p, pre)
+    wide = {name: value.double() for name, value in p.items()}
+    right = rebuilt(fused.rebuild, case, wide, pre.double())
+    for got, wanted in zip((y, h), right, strict=True):
+        assert got.shape == wanted.shape and got.dtype == dtype and got.is_contiguous()
+        if tokens:  # h is of the rounded y, and y may be small where its terms are not
+            assert error(got, wanted) < 4 * torch.finfo(dtype).eps + 1e-6
 
 
 def test_a_launch_finds_the_kernel_of_the_one_before(monkeypatch):

@@ -6,7 +6,7 @@ import triton.language as tl
 
 
 @triton.jit
-def mhc_pre(x, pre, weight, shift, h, tokens, eps):
+def mhc_pre(x, f, post, res, pre, weight, shift, y, h, tokens, eps):
     part = tl.program_id(0) % 1
     tile = tl.program_id(0) // 1
     begin = tl.cast(tile, tl.int64) * 4
