@@ -95,7 +95,7 @@ class KernelCalls:
 
     def spec(self, op: str, **fields: Any) -> KernelSpec:
         """The kernel of an operation for these streams."""
-        key = op, *fields.values()
+        key = op, *fields, *fields.values()
         found = self._specs.get(key)
         if found is None:
             found = _tiled(self.base, op, self.tokens, tuple(fields.items()), self.tuning)
