@@ -119,8 +119,12 @@ def sweep(found: Found) -> str:
     sizes = found["sizes"]
     tokens = sorted({size["tokens"] for size in sizes})
     cells: dict[tuple[int, int], dict[int, str]] = {}
+    name = "nothing"
     for size in sizes:
-        name, row = next((n, r) for n, r in size["rows"].items() if not n.startswith("plain"))
+        first = next(((n, r) for n, r in size["rows"].items() if not n.startswith("plain")), None)
+        if first is None:  # the run ended here
+            continue
+        name, row = first
         text = row["status"]
         if text == "ok":
             times = f"{row['forward us']:.0f} / {row['both us']:.0f}"

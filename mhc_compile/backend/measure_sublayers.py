@@ -40,10 +40,9 @@ def outline(seams: Sequence[Node]) -> Sizes:
     whole = bytes_of(streams)
     unit = whole // streams.shape[-2]
     embedding = unit if mhc_op(x) == "expand" else whole
-    again = whole + unit  # a state is rebuilt together with the sublayer's input
     # The streams' gradients after and before a seam, which also reads the state that starts the
     # next block.
-    return Sizes(streams.shape[-2], unit, none, 0, again, embedding, none, 3 * whole)
+    return Sizes(streams.shape[-2], unit, none, 0, whole, embedding, none, 3 * whole)
 
 
 def measure_sublayers(seams: Sequence[Node], weights: Collection[str]) -> Sizes:

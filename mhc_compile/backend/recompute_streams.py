@@ -24,9 +24,9 @@ def recompute_streams(
     """Makes the backward rebuild x_l and h_l of all sublayers that do not start a block.
 
     In a joint graph of forward and backward, the backward's readers of a seam's y and h get
-    `rebuild`, or `pre_norm` where y is kept, of what is kept: the block's first x, the results of
-    every F, and the maps, so that neither F nor projection nor Sinkhorn-Knopp runs again. Tags tell
-    the partitioner.
+    `post_res` and `pre_norm`, or both in one `rebuild`, of what is kept: the block's first x, the
+    results of every F, and the maps, so that neither F nor projection nor Sinkhorn-Knopp runs
+    again. Tags tell the partitioner.
 
     Args:
         graph: the joint graph, changed in place.
@@ -38,7 +38,8 @@ def recompute_streams(
         starts = set(accumulate(sizes[:-1]))
         rebuilt: Node | None = None
         for number, seam in enumerate(seams, start=1):
-            rebuilt = _rebuild(graph, seam, rebuilt, number in starts, backward)
+            last = number == len(seams) or number + 1 in starts
+            rebuilt = _rebuild(graph, seam, rebuilt, number in starts, last, backward)
     for node in graph.nodes:
         if mhc_op(node) == "expand":
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
@@ -53,9 +54,13 @@ def count_rebuilt(graph: Graph) -> int:
 
 
 def _rebuild(
-    graph: Graph, seam: Node, before: Node | None, keep: bool, backward: set[Node]
+    graph: Graph, seam: Node, before: Node | None, keep: bool, last: bool, backward: set[Node]
 ) -> Node | None:
-    """Gives the backward its own y and h of a seam; returns that y, None if y is kept."""
+    """Gives the backward its own y and h of a seam; returns that y, None if y is kept.
+
+    All states of a block are rebuilt when its backward starts. The last one's h is read then, and
+    is made with it; the others' would have to wait, so they are made when they are read.
+    """
     x, f, post, res, _, _, _, weight, shift, norm, eps, _ = arguments(seam)
     y, h, pre = (result(seam, k) for k in range(3))
     if h is not None and pre is None:
@@ -66,22 +71,24 @@ def _rebuild(
     anchor = max(node for node in (seam, y, h, pre) if node is not None)  # the last of them
     if y is None:
         return None
-    if keep:
-        if h is not None:
-            read = _call(graph, anchor, torch.ops.mhc.pre_norm.default,
-                         (y, pre, weight, shift, norm, eps), h)  # fmt: skip
-            _give(graph, h, read, backward)
-        return None
-    mixed = before or x, f, post, res
-    if h is None or not _read_in_backward(h, backward):
-        again = _call(graph, anchor, torch.ops.mhc.post_res.default, mixed, y)
-    else:
-        both = _call(graph, anchor, torch.ops.mhc.rebuild.default,
-                     (*mixed, pre, weight, shift, norm, eps), y)  # fmt: skip
+    mixed, norm_of_it = (before or x, f, post, res), (weight, shift, norm, eps)
+    if h is not None and not _read_in_backward(h, backward):
+        h = None
+    streams, again = y, None
+    if not keep and last and h is not None:
+        both = _call(graph, anchor, torch.ops.mhc.rebuild.default, (*mixed, pre, *norm_of_it), y)
         read = _call(graph, both, operator.getitem, (both, 1), h)
         again = _call(graph, both, operator.getitem, (both, 0), y)
+    else:
+        if not keep:
+            streams = again = _call(graph, anchor, torch.ops.mhc.post_res.default, mixed, y)
+        if h is not None:
+            read = _call(graph, again or anchor, torch.ops.mhc.pre_norm.default,
+                         (streams, pre, *norm_of_it), h)  # fmt: skip
+    if h is not None:
         _give(graph, h, read, backward)
-    _give(graph, y, again, backward)
+    if again is not None:
+        _give(graph, y, again, backward)
     return again
 
 

@@ -121,8 +121,9 @@ class KernelCalls:
             return compiled
         size = grid(spec, self.tokens) if programs is None else (programs,)
         compiled = load(spec)[size](*args, **spec.options)
-        if spec.target == "cuda" and compiled is not None:
-            # Without Triton's own search for it, which compares more than can differ here.
+        if spec.target == "cuda" and hasattr(type(compiled), "__getitem__"):
+            # Without Triton's own search for it, which compares more than can differ here; what is
+            # changed later of its settings for debugging, hooks of launches apart, comes too late.
             self._launches[key] = compiled, compiled[(*size, 1, 1)[:3]]
         return compiled
 

@@ -133,8 +133,8 @@ class Doubles(Sublayers):
 
 
 @pytest.mark.parametrize("kind", [Sublayers, Doubles])
-def test_inputs_are_rebuilt_with_their_states_where_they_are_needed(kind, monkeypatch):
-    """In one step; a sublayer whose backward does not read its input gets none."""
+def test_the_last_state_of_a_block_is_rebuilt_with_its_input(kind, monkeypatch):
+    """The others' inputs are made when they are read; where none is read, none is made."""
     seen, verify = [], Recompute.verify
 
     def note(self, graph):
@@ -144,14 +144,25 @@ def test_inputs_are_rebuilt_with_their_states_where_they_are_needed(kind, monkey
     model, x = kind(L), torch.randn(2, 5, C)
     wanted = run(model, x, "off", "aot_eager")
     monkeypatch.setattr(Recompute, "verify", note)
-    got = run(model, x, (4, 3), "aot_eager")
+    got = run(model, x, (4, 1, 2), "aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     forward, backward = seen
-    assert not forward["rebuild"] and not forward["pre_norm"] and not forward["post_res"]
-    read = kind is Sublayers
-    assert (backward["rebuild"], backward["post_res"]) == ((5, 0) if read else (0, 5))
-    assert backward["pre_norm"] == read  # of the second block's first state, which is kept
-    assert last_record().rebuilt == 5
+    names = ("rebuild", "post_res", "pre_norm")
+    assert not any(forward[name] for name in names)
+    # Rebuilt are 3 of the first block and 1 of the last; 2 states are kept.
+    wanted = (2, 2, 4) if kind is Sublayers else (0, 4, 0)
+    assert tuple(backward[name] for name in names) == wanted
+    assert last_record().rebuilt == 4
+
+
+def test_inputs_do_not_wait_for_their_block():
+    """One block of many sublayers: with all inputs made ahead nothing would be saved."""
+    model, x, peaks = Sublayers(24), torch.randn(2, 5, C), {}
+    for recompute in ("off", 24):
+        run(model, x, recompute, "aot_eager")
+        peaks[recompute] = last_record().static_peak
+    unit = 2 * 5 * C * x.element_size()
+    assert peaks[24] <= peaks["off"] - 20 * unit
 
 
 def test_a_plan_changes_what_runs():

@@ -92,6 +92,7 @@ def test_a_sweep_has_a_row_for_each_width(tmp_path, page):
          "rows": {"plain residual": ours | {"forward us": 77.0}, "ours": row}}
         for tokens, hidden, row in ((8, 64, ours), (1, 64, {"status": "wrong"}), (8, 32, ours))
     ]  # fmt: skip
+    sizes.append({"tokens": 1, "hidden": 32, "streams": 4, "rows": {"plain residual": ours}})
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps({"setting": SETTING | {"sweep": True}, "sizes": sizes}))
     main([str(path), "--page", str(page)])
