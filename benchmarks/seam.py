@@ -190,6 +190,13 @@ def time_peer(peer: Peer, size: Size, device: torch.device) -> dict[str, Any]:
     return row
 
 
+def time_plain(size: Size, device: torch.device) -> dict[str, Any]:
+    """The row of the plain residual."""
+    forward, both = plain(size.tokens, size.hidden, size.dtype, device)
+    times = {"forward us": measure(forward)[0]["median"], "both us": measure(both)[0]["median"]}
+    return {"status": "ok", **times}
+
+
 def run_one(name: str, size: Size, device: torch.device) -> dict[str, Any]:
     """One row: a status, and times where the status is "ok"."""
     try:
@@ -213,23 +220,22 @@ def run_size(
     torch.compiler.reset()  # what was compiled for other sizes would be tried, or made dynamic
     unit = size.tokens * size.hidden * size.dtype.itemsize
     rate = copy_rate((2 * size.streams + 2) * unit, device)
-    forward, both = plain(size.tokens, size.hidden, size.dtype, device)
-    times = {"forward us": measure(forward)[0]["median"], "both us": measure(both)[0]["median"]}
-    rows: dict[str, dict[str, Any]] = {PLAIN: {"status": "ok", **times}}
     shape = {"tokens": size.tokens, "hidden": size.hidden, "streams": size.streams}
-    for name in (None, *names):
-        if name is not None:
-            late = time.perf_counter() > until
-            rows[name] = (
-                {"status": "not run: the budget is used up"} if late
-                else run_one(name, size, device)
-            )  # fmt: skip
-            gc.collect()
-            torch.cuda.empty_cache()
-        row, least = rows[name or PLAIN], (2 * size.streams + 2, 5 * size.streams + 5)
-        for what, units in zip(("forward", "both"), least if name else (4, 9), strict=True):
+    rows: dict[str, dict[str, Any]] = {}
+    for name in (PLAIN, *names):
+        least = 2 * size.streams + 2, 5 * size.streams + 5
+        if name == PLAIN:
+            row, least = time_plain(size, device), (4, 9)
+        elif time.perf_counter() > until:
+            row = {"status": "not run: the budget is used up"}
+        else:
+            row = run_one(name, size, device)
+        for what, units in zip(("forward", "both"), least, strict=True):
             if f"{what} us" in row:
                 row[f"{what} of copy"] = units * unit / rate / row[f"{what} us"]
+        rows[name] = row
+        gc.collect()
+        torch.cuda.empty_cache()
         yield {**shape, "copy_bytes_per_us": rate, "rows": rows}
 
 

@@ -9,6 +9,7 @@ written term by term, because Inductor makes one loop over channels of them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,13 +76,10 @@ def pre_norm(
     return h.to(x.dtype).view(*x.shape[:-2], x.shape[-1])
 
 
-def rebuild(
-    x: Tensor, f: Tensor, post: Tensor, res: Tensor, pre: Tensor, weight: Tensor | None,
-    shift: Tensor | None, norm: str, norm_eps: float,
-) -> Tensors:  # fmt: skip
-    """The y and h of `seam` from its maps, the next sublayer's `pre` among them."""
+def rebuild(x: Tensor, f: Tensor, post: Tensor, res: Tensor, *read: Any) -> Tensors:
+    """`post_res`, then `pre_norm` of its result: `(y, h)`."""
     y = post_res(x, f, post, res)
-    return y, pre_norm(y, pre, weight, shift, norm, norm_eps)
+    return y, pre_norm(y, *read)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:

@@ -32,16 +32,6 @@ _arrivals: dict[tuple[torch.device, int], Tensor] = {}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-@functools.lru_cache(maxsize=1024)
-def _tiled(
-    base: KernelSpec, op: str, tokens: int, fields: tuple[tuple[str, Any], ...], tuning: Tuning
-) -> KernelSpec:
-    """A spec with its tile."""
-    rule = base.rule if op in GATED else Convention("paper")
-    spec = replace(base, op=op, **{"rule": rule, **dict(fields)})
-    return replace(spec, tile=tile_for(spec, tokens, tuning))
-
-
 @functools.lru_cache(maxsize=256)
 def kernel_calls(
     shape: torch.Size, dtype: torch.dtype, device: torch.device, rule: str | None, tuning: Tuning
@@ -98,7 +88,9 @@ class KernelCalls:
         key = op, *fields, *fields.values()
         found = self._specs.get(key)
         if found is None:
-            found = _tiled(self.base, op, self.tokens, tuple(fields.items()), self.tuning)
+            rule = self.base.rule if op in GATED else Convention("paper")
+            found = replace(self.base, op=op, **{"rule": rule, **fields})
+            found = replace(found, tile=tile_for(found, self.tokens, self.tuning))
             self._specs[key] = found
         return found
 

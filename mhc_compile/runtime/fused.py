@@ -6,6 +6,8 @@ a gradient counts as zeros; a gradient that nobody needs comes back empty, with 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mhc_compile.conventions import Convention
@@ -129,20 +131,10 @@ def pre_norm(
     return mix(x, pre, make_norm(norm, norm_eps, weight, shift))
 
 
-def rebuild(
-    x: Tensor,
-    f: Tensor,
-    post: Tensor,
-    res: Tensor,
-    pre: Tensor,
-    weight: Tensor | None,
-    shift: Tensor | None,
-    norm: str,
-    norm_eps: float,
-) -> Tensors:
-    """The y and h of `seam` from its maps, the next sublayer's `pre` among them."""
-    y = merge(x, f, post, res)
-    return y, pre_norm(y, pre, weight, shift, norm, norm_eps)
+def rebuild(x: Tensor, f: Tensor, post: Tensor, res: Tensor, *read: Any) -> Tensors:
+    """`post_res`, then `pre_norm` of its result: `(y, h)`."""
+    y = post_res(x, f, post, res)
+    return y, pre_norm(y, *read)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:

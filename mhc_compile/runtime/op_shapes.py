@@ -9,6 +9,7 @@ a gradient that nobody needs has the shape [0].
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -100,19 +101,10 @@ def pre_norm(
     return x.new_empty((*x.shape[:-2], x.shape[-1]))
 
 
-def rebuild(
-    x: Tensor,
-    f: Tensor,
-    post: Tensor,
-    res: Tensor,
-    pre: Tensor,
-    weight: Tensor | None,
-    shift: Tensor | None,
-    norm: str,
-    norm_eps: float,
-) -> Tensors:
-    """Like x, and `[..., C]` in x's dtype."""
-    return _like(x), x.new_empty((*x.shape[:-2], x.shape[-1]))
+def rebuild(x: Tensor, f: Tensor, post: Tensor, res: Tensor, *read: Any) -> Tensors:
+    """Like x, then `pre_norm`'s."""
+    y = post_res(x, f, post, res)
+    return y, pre_norm(y, *read)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from mhc_compile._torch_compat import AUTOCAST_DEVICES
+from mhc_compile._torch_compat import AUTOCAST_DEVICES, autocast_state
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,6 +27,5 @@ def autocast_off(x: Tensor) -> AbstractContextManager[object]:
 
 def autocast_off_now(x: Tensor) -> AbstractContextManager[object]:
     """The same for what is never traced: where autocast is off, nothing is entered."""
-    kind = x.device.type
-    on = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
+    on, _ = autocast_state(x.device.type) or (False, None)
     return autocast_off(x) if on else nullcontext()
