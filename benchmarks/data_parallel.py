@@ -2,8 +2,9 @@
 
 Each version's gradients are compared with one process on the whole batch first, in float32 on few
 channels. "alone" is each rank with a model of its own; "ddp" compiles what DistributedDataParallel
-returns, "fsdp" shards and compiles block by block, as torchtitan does. "x plain" is beside the
-plain residual under the same wrapper: what the connections cost there.
+returns, which torch cuts at its buckets; "ddp by blocks" compiles block by block, without cuts;
+"fsdp" shards and compiles block by block, as torchtitan does. "x plain" is beside the plain
+residual under the same wrapper: what the connections cost there.
 
     torchrun --nproc-per-node 2 benchmarks/data_parallel.py --json out/data_parallel.json
     torchrun --nproc-per-node 2 benchmarks/data_parallel.py --device cpu --channels 32 --blocks 2
@@ -39,7 +40,7 @@ VERSIONS = {
     "mhc, eager": Version("mhc", "eager"),
     "plain, eager": Version("plain", "eager"),
 }
-WRAPPERS = ("alone", "ddp", "fsdp")
+WRAPPERS = ("alone", "ddp", "ddp by blocks", "fsdp")
 
 
 def compile_it(module: nn.Module, version: Version) -> None:
@@ -68,10 +69,13 @@ def wrapped(
         fully_shard(model, mp_policy=policy)
         return model
     module: nn.Module = model
-    if wrapper == "ddp":
+    if "ddp" in wrapper:
         place = next(model.parameters()).device
         module = DistributedDataParallel(model, [place.index] if place.index is not None else None)
-    compile_it(module, version)
+    whole = wrapper != "ddp by blocks"
+    torch._dynamo.config.optimize_ddp = whole
+    for part in [module] if whole else model.blocks:
+        compile_it(part, version)
     return module
 
 

@@ -334,6 +334,17 @@ def size_hint(size: Any) -> int:
     return int(hint) if hint is not None else 2**31
 
 
+def ddp_cuts_graphs() -> bool:
+    """Whether Dynamo compiles within DistributedDataParallel, at whose buckets it cuts graphs."""
+    if not torch.distributed.is_available():
+        return False
+    from torch._dynamo.utils import get_optimize_ddp_mode
+    from torch.nn.parallel import DistributedDataParallel
+
+    inside = DistributedDataParallel._get_active_ddp_module() is not None
+    return inside and get_optimize_ddp_mode() == "ddp_optimizer"
+
+
 def pipeline_runtime() -> tuple[Any, tuple[Any, ...]]:
     """The class that walks through a pipeline's actions, and the kinds of those that compute."""
     from torch.distributed.pipelining.schedules import (

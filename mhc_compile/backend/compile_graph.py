@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from mhc_compile._torch_compat import log_artifact
+from mhc_compile._torch_compat import ddp_cuts_graphs, log_artifact
 from mhc_compile.backend import lowerings
 from mhc_compile.backend.check_graph import check_graph, count_operators
 from mhc_compile.backend.find_plain_residual import find_plain_residual
@@ -28,6 +28,11 @@ from mhc_compile.codegen.tuning import set_tuning
 
 PASSES = (fuse_seams, fuse_collapses, fuse_norms, fuse_expand)
 """The passes over a captured graph, in this order."""
+_CUT_BY_DDP = (
+    "no merge is beside the next sublayer's read, for torch.compile cuts graphs at the buckets of "
+    "DistributedDataParallel: nothing is fused or recomputed over cuts; compile the model's blocks "
+    "one by one instead, with torch._dynamo.config.optimize_ddp = False"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -77,6 +82,10 @@ def mhc(
         )
         record.notes.append(note)
         warnings.warn(f"backend='mhc': {note}", stacklevel=2)
+    if chosen.fuse and record.operators and ddp_cuts_graphs():
+        if not any(count_operators(graph)["seam"] for graph in graphs(gm)):
+            record.notes.append(_CUT_BY_DDP)
+            warnings.warn(f"backend='mhc': {_CUT_BY_DDP}", stacklevel=2)
     if (
         record.operators
         and chosen.recompute not in (None, "off")

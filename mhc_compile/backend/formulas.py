@@ -9,7 +9,6 @@ written term by term, because Inductor makes one loop over channels of them.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,12 +75,6 @@ def pre_norm(
     return h.to(x.dtype).view(*x.shape[:-2], x.shape[-1])
 
 
-def rebuild(x: Tensor, f: Tensor, post: Tensor, res: Tensor, *read: Any) -> Tensors:
-    """`post_res`, then `pre_norm` of its result: `(y, h)`."""
-    y = post_res(x, f, post, res)
-    return y, pre_norm(y, *read)
-
-
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     y = _merge(_rows(x, 2), _rows(f, 1), _map_rows(post, 1), _map_rows(res, 2))
@@ -136,8 +129,9 @@ def seam_backward(
     g_res: Tensor | None, x: Tensor, f: Tensor, post: Tensor, res: Tensor, y: Tensor, phi: Tensor,
     alpha: Tensor, bias: Tensor, weight: Tensor | None, shift: Tensor | None, pre_next: Tensor,
     proj: Tensor, square: Tensor, norm: str, norm_eps: float, rule: str, need_phi: bool = True,
+    need_h: bool = False,
 ) -> Tensors:  # fmt: skip
-    """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`."""
+    """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`, and h."""
     wide, weights = _rows(y, 2).to(working_dtype(y.dtype)), _map_rows(pre_next, 1)
     g_mix, affine = None, [x.new_empty(0), x.new_empty(0)]
     if g_h is not None:
@@ -161,7 +155,8 @@ def seam_backward(
         grad = grad + _rows(g_y, 2)
     if g_mix is not None:
         grad = grad + weights.unsqueeze(2) * g_mix.unsqueeze(1)
-    return *_merge_backward(grad, x, f, post, res), *parameters, *affine
+    h = pre_norm(y, pre_next, weight, shift, norm, norm_eps) if need_h else x.new_empty(0)
+    return *_merge_backward(grad, x, f, post, res), *parameters, *affine, h
 
 
 def expand(x: Tensor, n: int) -> Tensor:

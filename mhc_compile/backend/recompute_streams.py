@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -24,9 +24,10 @@ def recompute_streams(
     """Makes the backward rebuild x_l and h_l of all sublayers that do not start a block.
 
     In a joint graph of forward and backward, the backward's readers of a seam's y and h get
-    `post_res` and `pre_norm`, or both in one `rebuild`, of what is kept: the block's first x, the
-    results of every F, and the maps, so that neither F nor projection nor Sinkhorn-Knopp runs
-    again. Tags tell the partitioner.
+    `post_res` and `pre_norm` of what is kept: the block's first x, the results of every F, and the
+    maps, so that neither F nor projection nor Sinkhorn-Knopp runs again. Where h is for gradients
+    of weights alone, its readers wait for `seam_backward`, which reads y anyway and makes h with
+    its other results. Tags tell the partitioner.
 
     Args:
         graph: the joint graph, changed in place.
@@ -38,8 +39,7 @@ def recompute_streams(
         starts = set(accumulate(sizes[:-1]))
         rebuilt: Node | None = None
         for number, seam in enumerate(seams, start=1):
-            last = number == len(seams) or number + 1 in starts
-            rebuilt = _rebuild(graph, seam, rebuilt, number in starts, last, backward)
+            rebuilt = _rebuild(graph, seam, rebuilt, number in starts, backward)
     for node in graph.nodes:
         if mhc_op(node) == "expand":
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
@@ -47,20 +47,13 @@ def recompute_streams(
 
 def count_rebuilt(graph: Graph) -> int:
     """How many sublayers' streams a backward graph rebuilds."""
-    return sum(
-        bool(node.meta.get(REBUILT)) and mhc_op(node) in ("post_res", "rebuild")
-        for node in graph.nodes
-    )
+    return sum(bool(node.meta.get(REBUILT)) and mhc_op(node) == "post_res" for node in graph.nodes)
 
 
 def _rebuild(
-    graph: Graph, seam: Node, before: Node | None, keep: bool, last: bool, backward: set[Node]
+    graph: Graph, seam: Node, before: Node | None, keep: bool, backward: set[Node]
 ) -> Node | None:
-    """Gives the backward its own y and h of a seam; returns that y, None if y is kept.
-
-    All states of a block are rebuilt when its backward starts. The last one's h is read then, and
-    is made with it; the others' would have to wait, so they are made when they are read.
-    """
+    """Gives the backward its own y and h of a seam; returns that y, None if y is kept."""
     x, f, post, res, _, _, _, weight, shift, norm, eps, _ = arguments(seam)
     y, h, pre = (result(seam, k) for k in range(3))
     if h is not None and pre is None:
@@ -71,25 +64,68 @@ def _rebuild(
     anchor = max(node for node in (seam, y, h, pre) if node is not None)  # the last of them
     if y is None:
         return None
-    mixed, norm_of_it = (before or x, f, post, res), (weight, shift, norm, eps)
-    if h is not None and not _read_in_backward(h, backward):
-        h = None
-    streams, again = y, None
-    if not keep and last and h is not None:
-        both = _call(graph, anchor, torch.ops.mhc.rebuild.default, (*mixed, pre, *norm_of_it), y)
-        read = _call(graph, both, operator.getitem, (both, 1), h)
-        again = _call(graph, both, operator.getitem, (both, 0), y)
-    else:
-        if not keep:
-            streams = again = _call(graph, anchor, torch.ops.mhc.post_res.default, mixed, y)
-        if h is not None:
-            read = _call(graph, again or anchor, torch.ops.mhc.pre_norm.default,
-                         (streams, pre, *norm_of_it), h)  # fmt: skip
-    if h is not None:
+    again = None
+    if not keep:
+        merged = (before or x, f, post, res)
+        again = _call(graph, anchor, torch.ops.mhc.post_res.default, merged, y)
+    if h is not None and any(_readers(h, backward)) and not _read_late(graph, y, h, backward):
+        read = _call(graph, again or anchor, torch.ops.mhc.pre_norm.default,
+                     (again or y, pre, weight, shift, norm, eps), h)  # fmt: skip
         _give(graph, h, read, backward)
     if again is not None:
         _give(graph, y, again, backward)
     return again
+
+
+def _read_late(graph: Graph, y: Node, h: Node, backward: set[Node]) -> bool:
+    """Lets the backward's readers of h wait for `seam_backward`, which makes h; else False.
+
+    They may if it does not need them: what depends on h is for gradients of weights.
+    """
+    calls = (node for node in backward if mhc_op(node) == "seam_backward")
+    call = next((node for node in calls if _seen_through(arguments(node)[9]) is y), None)
+    waiting = _dependents(_readers(h, backward))
+    if call is None or call in waiting:
+        return False
+    call.args, call.kwargs = (*arguments(call)[:-1], True), {}
+    made = _fake(call)[-1]
+    call.meta["val"] = (*call.meta["val"][:-1], made)
+    if "eager_input_vals" in call.meta:  # by which Inductor keeps strides of arguments
+        call.meta["eager_input_vals"] = map_arg((call.args, {}), _value)
+    with graph.inserting_after(call):
+        again = graph.call_function(operator.getitem, (call, len(call.meta["val"]) - 1))
+    again.meta = {"val": made}
+    for node in sorted((node for node in waiting if node < call), reverse=True):
+        again.append(node)
+    _give(graph, h, again, backward)
+    return True
+
+
+def _seen_through(node: Node) -> Node:
+    """What a view is of."""
+    while is_view_call(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _readers(node: Node, backward: set[Node]) -> Iterator[Node]:
+    """The backward's nodes that read a node, also through views of it."""
+    for user in node.users:
+        if user in backward:
+            yield user
+        elif is_view_call(user):
+            yield from _readers(user, backward)
+
+
+def _dependents(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes and all that is computed from them."""
+    found, todo = set[Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found and node.op != "output":
+            found.add(node)
+            todo += node.users
+    return found
 
 
 def _call(graph: Graph, anchor: Node, target: Any, args: tuple[Any, ...], like: Node) -> Node:
@@ -104,9 +140,13 @@ def _call(graph: Graph, anchor: Node, target: Any, args: tuple[Any, ...], like: 
 
 def _fake(node: Node) -> Any:
     """A node's value as a fake tensor of its own: memory is planned by the identity of these."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    args, kwargs = map_arg((node.args, node.kwargs), _value)
     with fake_mode_of(args):
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"]
 
 
 def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:
@@ -116,18 +156,11 @@ def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:
             continue
         if user in backward:
             user.replace_input_with(node, again)
-        elif is_view_call(user) and _read_in_backward(user, backward):
+        elif is_view_call(user) and any(_readers(user, backward)):
             with graph.inserting_after(max(user, again)):  # the later one
                 copy = graph.node_copy(user, lambda n: again if n is node else n)
             copy.meta |= {REBUILT: True, "val": _fake(copy)}
             _give(graph, user, copy, backward)
-
-
-def _read_in_backward(node: Node, backward: set[Node]) -> bool:
-    return any(
-        user in backward or (is_view_call(user) and _read_in_backward(user, backward))
-        for user in node.users
-    )
 
 
 def _backward_nodes(graph: Graph) -> set[Node]:

@@ -20,7 +20,7 @@ from mhc_compile.codegen.kernel_set import affine_sums
 from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.signature import counts, grid, group_tokens, learn_residents
 from mhc_compile.codegen.spec import GATED, KernelSpec, Tile
-from mhc_compile.codegen.tiles import fits_rows, fits_whole
+from mhc_compile.codegen.tiles import fits_whole
 from mhc_compile.codegen.tuning import Tuning, tile_for, tuning_of
 from mhc_compile.conventions import Convention
 from mhc_compile.map_layout import as_components, as_maps
@@ -221,22 +221,8 @@ class KernelCalls:
         """Reads h = sum_i pre_i x_i, normed, `[tokens, C]`."""
         spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None)
         h = self.empty(self.tokens, self.channels, dtype=self.dtype)
-        self.run(spec, x, None, None, None, pre, weight, shift, None, h, self.tokens, eps)
+        self.run(spec, x, pre, weight, shift, h, self.tokens, eps)
         return h
-
-    def rebuild(
-        self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, pre: Tensor, weight: Tensor | None,
-        shift: Tensor | None, norm: str, eps: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`mix`, and `pre` of its result, in one launch where registers allow: y and h."""
-        if not fits_rows(self.base):
-            y = self.mix(x, f, post, res)
-            return y, self.pre(y, pre, weight, shift, norm, eps)
-        spec = self.spec("pre", mix=True, norm=norm, weight=weight is not None,
-                         shift=shift is not None)  # fmt: skip
-        y, h = torch.empty_like(x), torch.empty_like(f)
-        self.run(spec, x, f, post, res, pre, weight, shift, y, h, self.tokens, eps)
-        return y, h
 
     def seam_once(
         self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, phi: Tensor, alpha: Tensor,
@@ -266,22 +252,25 @@ class KernelCalls:
         return high
 
     def pre_backward(
-        self, x: Tensor, pre: Tensor, g: Tensor, weight: Tensor | None, shift: Tensor | None,
-        norm: str, eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """The gradients of the norm's input and of pre `[n, tokens]`, shares of the norm's."""
+        self, x: Tensor, pre: Tensor, g: Tensor, weight: Tensor | None = None,
+        shift: Tensor | None = None, norm: str = "none", eps: float = 0.0, again: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Gradients of the norm's input and of pre `[n, tokens]`, h if `again`, the norm's shares.
+
+        `g` is the gradient of h.
+        """
         spec = self.spec("pre_backward", norm=norm, weight=weight is not None,
-                         shift=shift is not None)  # fmt: skip
-        g_pre = self.empty(self.n, self.tokens)
+                         shift=shift is not None, again=again)  # fmt: skip
+        g_pre, h = self.empty(self.n, self.tokens), torch.empty_like(g) if again else None
         if norm == "none":
-            self.run(spec, x, pre, None, g, None, g_pre, None, None, self.tokens, eps)
-            return g, g_pre, None, None
+            self.run(spec, x, pre, None, None, g, None, g_pre, h, None, None, self.tokens, eps)
+            return g, g_pre, h, None, None
         g_h = torch.empty_like(g)
         programs = self.count(spec, "programs")
         sums = [self.empty(programs, self.channels) if v is not None else None
                 for v in (weight, shift)]  # fmt: skip
-        self.run(spec, x, pre, weight, g, g_h, g_pre, *sums, self.tokens, eps)
-        return g_h, g_pre, sums[0], sums[1]
+        self.run(spec, x, pre, weight, shift, g, g_h, g_pre, h, *sums, self.tokens, eps)
+        return g_h, g_pre, h, sums[0], sums[1]
 
     def spread(self, pre: Tensor, g_h: Tensor) -> Tensor:
         """The gradient of the streams that were read by the maps pre, `[tokens, n, C]`."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mhc_compile.codegen.spec import GATED, OPS, KernelSpec, Tile
-from mhc_compile.codegen.tiles import choose_tile, fits_rows, fits_whole
+from mhc_compile.codegen.tiles import choose_tile, fits_whole
 from mhc_compile.conventions import Convention
 
 _NORMS: tuple[dict[str, Any], ...] = (
@@ -19,7 +19,7 @@ _NORMS: tuple[dict[str, Any], ...] = (
 )
 
 
-def _variants(whole: bool, rows: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
+def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
     """Operations with their fields, as `launch.py` asks for them."""
     norms = _NORMS[:1] if seam_only else _NORMS
     found: list[tuple[str, dict[str, Any]]] = [
@@ -30,12 +30,11 @@ def _variants(whole: bool, rows: bool, seam_only: bool) -> list[tuple[str, dict[
     if not (whole and seam_only):
         found += [("gates_backward", {})]
     found += [(op, norm) for op in ("read", "pre_backward") for norm in norms]
+    found += [("pre_backward", norm | {"again": True}) for norm in norms]
     if whole:
         found += [("project", {"mix": True}), ("seam_backward", {})]
     else:
         found += [("read_backward", {"carry": True})]
-    if rows:
-        found += [("pre", norm | {"mix": True}) for norm in norms]
     affine = dict.fromkeys((norm.get("weight", False), norm.get("shift", False)) for norm in norms)
     found += [("add_shares", affine_sums(*given) | {"mix": True}) for given in affine]
     if not (whole and seam_only):
@@ -83,7 +82,7 @@ def kernel_set(
         target=target,
     )  # fmt: skip
     specs = []
-    for op, fields in _variants(fits_whole(base), fits_rows(base), seam_only):
+    for op, fields in _variants(fits_whole(base), seam_only):
         spec = replace(base, op=op, **fields)
         if op in GATED and rule is not None:
             spec = replace(spec, rule=rule)

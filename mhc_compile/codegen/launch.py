@@ -52,7 +52,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     """Gradients by `(x, pre)`."""
     call = _calls(x)
     maps, gradient = call.by_component(pre, call.n), call.single(g_h)
-    _, g_pre, *_ = call.pre_backward(call.streams(x), maps, gradient, None, None, "none", 0.0)
+    _, g_pre, *_ = call.pre_backward(call.streams(x), maps, gradient)
     g_x = call.spread(maps, gradient).view(x.shape)
     return g_x, call.by_token(g_pre.to(pre.dtype), call.n)
 
@@ -66,18 +66,6 @@ def pre_norm(
     maps = call.by_component(pre, call.n)
     h = call.pre(call.streams(x), maps, weight, shift, norm, norm_eps)
     return h.view(*call.lead, call.channels)
-
-
-def rebuild(
-    x: Tensor, f: Tensor, post: Tensor, res: Tensor, pre: Tensor, weight: Tensor | None,
-    shift: Tensor | None, norm: str, norm_eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The y and h of `seam` from its maps, the next sublayer's `pre` among them."""
-    call = _calls(x)
-    _check_norm(norm)
-    maps = (*call.mixing(post, res), call.by_component(pre, call.n))
-    y, h = call.rebuild(call.streams(x), call.single(f), *maps, weight, shift, norm, norm_eps)
-    return y.view(x.shape), h.view(*call.lead, call.channels)
 
 
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
@@ -121,7 +109,7 @@ def read_backward(
         gradient = torch.zeros(call.tokens, call.channels, dtype=x.dtype, device=x.device)
     else:
         maps, gradient = call.by_component(pre, call.n), call.single(g_h)
-        terms.append(call.pre_backward(streams, maps, gradient, None, None, "none", 0.0)[1])
+        terms.append(call.pre_backward(streams, maps, gradient)[1])
     dh, scale, sums = _gates_backward(call, (alpha, bias), proj, square, terms, g_post, g_res)
     shares = call.phi_backward(streams, dh) if need_phi else None
     g_x = call.read_backward(streams, None, maps, gradient, call.pad_phi(phi), dh, scale)
@@ -151,8 +139,9 @@ def seam_backward(
     g_res: Tensor | None, x: Tensor, f: Tensor, post: Tensor, res: Tensor, y: Tensor, phi: Tensor,
     alpha: Tensor, bias: Tensor, weight: Tensor | None, shift: Tensor | None, pre_next: Tensor,
     proj: Tensor, square: Tensor, norm: str, norm_eps: float, rule: str, need_phi: bool = True,
+    need_h: bool = False,
 ) -> Results:  # fmt: skip
-    """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`."""
+    """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`, and h."""
     call = _calls(x, rule)
     _check_norm(norm)
     mixed, flat_y = (call.streams(x), call.single(f), *call.mixing(post, res)), call.streams(y)
@@ -160,11 +149,13 @@ def seam_backward(
     maps = call.by_component(pre_next, call.n)
     terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]
     affine: Sequence[Tensor | None] = (None, None)
+    norm_of_h = weight, shift, norm, norm_eps
     if g_h is None:
         gradient = torch.zeros_like(mixed[1])
+        h = call.pre(flat_y, maps, *norm_of_h) if need_h else None
     else:
-        gradient, term, *affine = call.pre_backward(
-            flat_y, maps, call.single(g_h), weight, shift, norm, norm_eps
+        gradient, term, h, *affine = call.pre_backward(
+            flat_y, maps, call.single(g_h), *norm_of_h, need_h
         )
         terms.append(term)
     whole = fits_whole(call.base)
@@ -184,7 +175,8 @@ def seam_backward(
             "shift": x if shift is None else shift}  # fmt: skip
     g_post, g_res, *others = call.add_shares(sums, shares, affine, dots, like).values()
     maps_gradients = call.by_token(g_post, call.n), call.by_token(g_res, call.n, call.n)
-    return g_x.view(x.shape), g_f.view(f.shape), *maps_gradients, *others
+    again = x.new_empty(0) if h is None else h.view(f.shape)
+    return g_x.view(x.shape), g_f.view(f.shape), *maps_gradients, *others, again
 
 
 def expand(x: Tensor, n: int) -> Tensor:

@@ -72,13 +72,14 @@ class KernelSpec:
             phi is in bf16 for "split" too, and what it is multiplied by is such a sum.
         tile: see `Tile`.
         rule: the numerical axes; only those of `GATED` depend on it.
-        mix: the streams are mixed first, y = res x + post f ("project", "pre"), or were
-            ("gates_backward", "add_shares").
+        mix: the streams are mixed first, y = res x + post f ("project"), or were ("gates_backward",
+            "add_shares").
         carry: a gradient of the streams is added ("read_backward").
         norm: the norm of the next sublayer, done with the read ("pre", "read", "pre_backward",
             "seam_once", "add_shares").
         weight: that norm has a weight.
         shift: that norm has a shift.
+        again: h is computed too ("pre_backward"); its `name`, and so its tile, is as without.
         target: "cuda", "hip" or "interpret" (Triton's interpreter on a CPU).
     """
 
@@ -94,6 +95,7 @@ class KernelSpec:
     norm: str = "none"
     weight: bool = False
     shift: bool = False
+    again: bool = False
     target: str = "cuda"
 
     def __post_init__(self) -> None:

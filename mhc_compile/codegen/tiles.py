@@ -128,8 +128,6 @@ def _norm(spec: KernelSpec) -> Tile:
 
     It fetches the next rows ahead where they fit into shared memory and loads are of 16 bytes.
     """
-    if spec.op == "pre" and spec.mix:  # all streams of a row at once
-        return Tile(1, spec.row, 1, max(4, min(32, spec.row // 512)))
     if spec.op == "pre":
         return Tile(1, spec.row, 1, 8 if spec.channels > 2560 else 4)
     size = (spec.streams + 1) * spec.row
@@ -176,8 +174,3 @@ def tile_fault(spec: KernelSpec) -> str:
 def fits_whole(spec: KernelSpec) -> bool:
     """Whether one kernel can do a seam, or its backward: with more streams registers run out."""
     return spec.streams <= 4
-
-
-def fits_rows(spec: KernelSpec) -> bool:
-    """Whether one program can hold a row of all streams, and mix and read it at once."""
-    return fits_whole(spec) and spec.streams * spec.row <= 4 * 4096

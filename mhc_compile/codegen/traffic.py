@@ -56,13 +56,13 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
     if spec.op == "read":
         return f"x partial alpha bias{weight}{shift}", "pre post res proj square h"
     if spec.op == "pre":
-        mix, y = (" f post res", "y ") if spec.mix else ("", "")
-        return f"x{mix} pre{weight}{shift}", f"{y}h"
+        return f"x pre{weight}{shift}", "h"
     if spec.op == "pre_backward":
+        h = " h" if spec.again else ""
         if not normed:
-            return "x g_out", "g_pre"
+            return "x g_out" + (" pre" if h else ""), f"g_pre{h}"
         sums = (" weight_shares" if weight else "") + (" shift_shares" if shift else "")
-        return f"x pre g_out{weight}", f"g_h g_pre{sums}"
+        return f"x pre g_out{weight}{shift if h else ''}", f"g_h g_pre{h}{sums}"
     if spec.op == "spread":
         return "pre g_h", "g_x"
     if spec.op == "gates_backward":
@@ -239,11 +239,11 @@ def seam_units(specs: Iterable[KernelSpec]) -> tuple[float, float]:
 
     Args:
         specs: the kernels of one seam, see `kernel_set`; those for phi alone move nothing a token,
-            "pre" with a mix is for recompute.
+            what computes h again is for recompute.
     """
     forward = backward = 0.0
     for spec in specs:
-        if spec.op == "pre":
+        if spec.again:
             continue
         itemsize = 4 if spec.dtype == "fp32" else 2
         units = bytes_per_token(spec) / (spec.channels * itemsize)

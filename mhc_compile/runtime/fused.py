@@ -6,8 +6,6 @@ a gradient counts as zeros; a gradient that nobody needs comes back empty, with 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from mhc_compile.conventions import Convention
@@ -131,12 +129,6 @@ def pre_norm(
     return mix(x, pre, make_norm(norm, norm_eps, weight, shift))
 
 
-def rebuild(x: Tensor, f: Tensor, post: Tensor, res: Tensor, *read: Any) -> Tensors:
-    """`post_res`, then `pre_norm` of its result: `(y, h)`."""
-    y = post_res(x, f, post, res)
-    return y, pre_norm(y, *read)
-
-
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     return merge(x, f, post, res)
@@ -221,18 +213,19 @@ def seam_backward(
     norm_eps: float,
     rule: str,
     need_phi: bool = True,
+    need_h: bool = False,
 ) -> Tensors:
-    """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`."""
+    """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`, and h."""
     g_mix, affine = None, (x.new_empty(0), x.new_empty(0))
+    the_norm = make_norm(norm, norm_eps, weight, shift)
     if g_h is not None:
-        g_mix, more, affine = mix_backward(
-            g_h, y, pre_next, make_norm(norm, norm_eps, weight, shift)
-        )
+        g_mix, more, affine = mix_backward(g_h, y, pre_next, the_norm)
         g_pre = add(g_pre, more)
     source = Source(y, phi, alpha, bias, proj, square, rule, need_phi)
     back = MergeBackward(x, f, post, res)
     parameters = streams_gradient(source, g_pre, g_post, g_res, pre_next, g_mix, g_y, back)
-    return *back.gradients(), *parameters[1:], *affine
+    h = mix(y, pre_next, the_norm) if need_h else x.new_empty(0)
+    return *back.gradients(), *parameters[1:], *affine, h
 
 
 def expand(x: Tensor, n: int) -> Tensor:

@@ -9,7 +9,6 @@ a gradient that nobody needs has the shape [0].
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -101,12 +100,6 @@ def pre_norm(
     return x.new_empty((*x.shape[:-2], x.shape[-1]))
 
 
-def rebuild(x: Tensor, f: Tensor, post: Tensor, res: Tensor, *read: Any) -> Tensors:
-    """Like x, then `pre_norm`'s."""
-    y = post_res(x, f, post, res)
-    return y, pre_norm(y, *read)
-
-
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """Like x."""
     return _like(x)
@@ -183,13 +176,14 @@ def seam_backward(
     norm_eps: float,
     rule: str,
     need_phi: bool = True,
+    need_h: bool = False,
 ) -> Tensors:
-    """Like x, f, post, res, phi, alpha, bias, weight, shift."""
+    """Like x, f, post, res, phi, alpha, bias, weight, shift, then `pre`'s h."""
     used = g_h is not None and norm != "none"
     affine = (_like(x if t is None else t, used and t is not None) for t in (weight, shift))
     parameters = _like(phi, need_phi), _like(alpha), _like(bias)
     maps = _like_maps(post, 1), _like_maps(res, 2)
-    return _like(x), _like(f), *maps, *parameters, *affine
+    return _like(x), _like(f), *maps, *parameters, *affine, _like(f, need_h)
 
 
 def expand(x: Tensor, n: int) -> Tensor:

@@ -45,8 +45,6 @@ SCHEMAS = {
     "pre": "(Tensor x, Tensor pre) -> Tensor",
     "pre_backward": "(Tensor g_h, Tensor x, Tensor pre) -> (Tensor g_x, Tensor g_pre)",
     "pre_norm": f"(Tensor x, Tensor pre, {_NORM}, str norm, float norm_eps) -> Tensor",
-    "rebuild": f"({_STREAMS}, Tensor pre, {_NORM}, str norm, float norm_eps) -> "
-    "(Tensor y, Tensor h)",
     "post_res": f"({_STREAMS}) -> Tensor",
     "post_res_backward": f"(Tensor g_y, {_STREAMS}) -> "
     "(Tensor g_x, Tensor g_f, Tensor g_post, Tensor g_res)",
@@ -58,8 +56,9 @@ SCHEMAS = {
     "Tensor square)",
     "seam_backward": f"(Tensor? g_y, Tensor? g_h, {_G_GATES}, {_STREAMS}, Tensor y, "
     f"{_PROJECTION}, {_NORM}, Tensor pre_next, Tensor proj, Tensor square, str norm, "
-    "float norm_eps, str rule, bool need_phi=True) -> (Tensor g_x, Tensor g_f, "
-    f"Tensor grad_post, Tensor grad_res, {_G_PROJECTION}, Tensor g_weight, Tensor g_shift)",
+    "float norm_eps, str rule, bool need_phi=True, bool need_h=False) -> (Tensor g_x, Tensor g_f, "
+    f"Tensor grad_post, Tensor grad_res, {_G_PROJECTION}, Tensor g_weight, Tensor g_shift, "
+    "Tensor h)",
     "expand": "(Tensor x, SymInt n) -> Tensor",
     "expand_backward": "(Tensor g_y) -> Tensor",
     "collapse": "(Tensor x, Tensor weight) -> Tensor",
@@ -68,8 +67,8 @@ SCHEMAS = {
 """The operators by name. Each is implemented in `fused`, and for CUDA in `codegen.launch`.
 
 `maps` and `maps_backward` are the part of `coefficients` between the products and the maps, for
-graphs in which the rest was written out (`mhc_compile.backend.formulas`). `rebuild` is y and h of a
-seam again, from maps that are there, and `pre_norm` h alone, from y, for backward graphs.
+graphs in which the rest was written out (`mhc_compile.backend.formulas`). `pre_norm` is the h of a
+seam again, for backward graphs; `seam_backward` makes it, too, where it is asked to.
 """
 _TORCH_ONLY = ("maps", "maps_backward")
 _STREAMS_AT = {
@@ -197,7 +196,7 @@ def _seam_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     need_phi = ctx.needs_input_grad[4]
     back = torch.ops.mhc.seam_backward(*grads[:5], *ctx.saved_tensors, *ctx.norm, need_phi)
     # Gradients of an affine part that h does not depend on come back empty.
-    *most, g_weight, g_shift = back
+    *most, g_weight, g_shift, _ = back
     used = grads[1] is not None and ctx.norm[0] != "none"
     affine = (g_weight, g_shift) if used else (None, None)
     return _needed(ctx, *most, *affine, None, None, None)

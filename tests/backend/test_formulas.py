@@ -27,7 +27,7 @@ def draw(n, channels, dtype, lead=(3, 5), convention="paper", missing=(), norm="
         "g_h": normal(*lead, channels), "g_y": normal(*lead, n, channels),
         "g_pre": normal(*lead, n, kind=work), "g_post": normal(*lead, n, kind=work),
         "g_res": normal(*lead, n, n, kind=work),
-        "rule": rule, "norm": norm, "norm_eps": 1e-5, "need_phi": True, "n": n,
+        "rule": rule, "norm": norm, "norm_eps": 1e-5, "need_phi": True, "need_h": True, "n": n,
         "weight": normal(channels) if norm != "none" else None,
         "shift": normal(channels) if norm == "layer" else None,
     }  # fmt: skip

@@ -8,8 +8,9 @@ import torch
 from test_passes import C, N, Sublayers
 from torch.nn import functional as F
 
-from mhc_compile.backend import mhc
+from mhc_compile.backend import lowerings, mhc
 from mhc_compile.backend.check_graph import count_operators
+from mhc_compile.backend.graph_nodes import arguments, mhc_op
 from mhc_compile.backend.options import parse_options
 from mhc_compile.backend.recompute import Recompute
 from mhc_compile.backend.records import GraphRecord, last_record
@@ -82,6 +83,20 @@ def test_gradients_are_bitwise_equal(plan, monkeypatch):
     assert record.notes == []
 
 
+def test_inductor_calls_the_operators(monkeypatch):
+    """As it does where kernels run them; it has its own notes of their arguments."""
+    monkeypatch.setattr(lowerings, "choose_kernels", lambda gm, record: "operators")
+    model, x = Sublayers(L), torch.randn(2, 5, C)
+    wanted = run(model, x, "off", "aot_eager")
+    with torch._inductor.config.patch(force_disable_caches=True):
+        seen = operators_of(monkeypatch)
+        got = run(model, x, 3, "inductor")
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    _, (backward, made) = seen
+    assert backward["seam_backward"] == made == L - 1
+
+
 @pytest.mark.parametrize("recompute", [3, "paper"])
 def test_inductor(recompute, monkeypatch):
     model, x = Sublayers(L), torch.randn(2, 5, C)
@@ -132,27 +147,39 @@ class Doubles(Sublayers):
         return 2 * h
 
 
-@pytest.mark.parametrize("kind", [Sublayers, Doubles])
-def test_the_last_state_of_a_block_is_rebuilt_with_its_input(kind, monkeypatch):
-    """The others' inputs are made when they are read; where none is read, none is made."""
+class Gated(Sublayers):
+    """The gradient of its input, and so of the streams, depends on the input."""
+
+    def sublayer(self, k, h):
+        return super().sublayer(k, h) * h.view(-1, C).view(h.shape)
+
+
+def operators_of(monkeypatch):
+    """Notes the operators of each graph, and how many backwards of seams make h too."""
     seen, verify = [], Recompute.verify
 
     def note(self, graph):
         verify(self, graph)
-        seen.append(count_operators(graph))
+        calls = [arguments(node) for node in graph.nodes if mhc_op(node) == "seam_backward"]
+        seen.append((count_operators(graph), sum(call[-1] for call in calls)))
 
+    monkeypatch.setattr(Recompute, "verify", note)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [Sublayers, Doubles, Gated])
+def test_inputs_come_with_the_gradients_of_streams(kind, monkeypatch):
+    """Unless those depend on them; where none is read, none is made."""
     model, x = kind(L), torch.randn(2, 5, C)
     wanted = run(model, x, "off", "aot_eager")
-    monkeypatch.setattr(Recompute, "verify", note)
+    seen = operators_of(monkeypatch)
     got = run(model, x, (4, 1, 2), "aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    forward, backward = seen
-    names = ("rebuild", "post_res", "pre_norm")
-    assert not any(forward[name] for name in names)
-    # Rebuilt are 3 of the first block and 1 of the last; 2 states are kept.
-    wanted = (2, 2, 4) if kind is Sublayers else (0, 4, 0)
-    assert tuple(backward[name] for name in names) == wanted
-    assert last_record().rebuilt == 4
+    (forward, made_ahead), (backward, made) = seen
+    assert not forward["post_res"] and not forward["pre_norm"] and not made_ahead
+    assert backward["post_res"] == last_record().rebuilt == 4
+    expected = {Sublayers: (L - 1, 0), Doubles: (0, 0), Gated: (0, L - 1)}[kind]
+    assert (made, backward["pre_norm"]) == expected
 
 
 def test_inputs_do_not_wait_for_their_block():

@@ -24,11 +24,13 @@ def test_two_processes(tmp_path):
     done = launch(*SMALL, *names, "--json", str(path))
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 6 and {key.split(": ")[0] for key in rows} == {"alone", "ddp", "fsdp"}
+    assert len(rows) == 8
+    wrappers = {key.split(": ")[0] for key in rows}
+    assert wrappers == {"alone", "ddp", "ddp by blocks", "fsdp"}
     for key, row in rows.items():
         assert row["status"] == "ok", (key, row["status"])
         assert row["error"] < 1e-5 and row["step ms"] > 0
-    assert "| fsdp      | mhc, eager" in done.stdout and "1.000" in done.stdout
+    assert "| fsdp          | mhc, eager" in done.stdout and "1.000" in done.stdout
 
 
 def test_without_torchrun():

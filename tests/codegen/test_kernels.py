@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from operators import (
+    EPS,
     NORMS,
     OPERATORS,
     RULES,
@@ -159,24 +160,32 @@ def test_small_launches_every_kernel(device, monkeypatch):
 
     monkeypatch.setattr(KernelCalls, "run", noted)
     for case in SMALL:
-        out, _ = run_both_ways(case, device)
+        run_both_ways(case, device)
         if case.op == "seam":
-            rebuilt(torch.ops.mhc.rebuild, case, inputs_of(case, device), out[2].detach())
+            seam_backward_with_h(case, device)
     specs = [spec for n in (4, 5) for spec in kernel_set(n, 40)]
     wanted = {(spec.op, spec.mix, spec.carry) for spec in specs}
     assert wanted <= {key[:3] for key in seen}
     assert {("read", "rms"), ("read", "none")} <= {(key[0], key[3]) for key in seen}
 
 
-def rebuilt(operator, case, p, pre):
-    """A seam's y and h again, from its maps."""
-    given = [p[name].detach() for name in ("x", "f", "post", "res")]
-    affine = (None if p.get(name) is None else p[name].detach() for name in ("weight", "shift"))
-    return operator(*given, pre, *affine, case.norm.split()[0], 1e-6)
+def seam_backward_with_h(case, device, *without):
+    """The operator's results without h and with it, its arguments, and the seam's own h."""
+    p = {name: value.detach() for name, value in inputs_of(case, device).items()}
+    out = run(case, p)
+    proj, square = torch.ops.mhc.coefficients(out[0], p["phi"], p["alpha"], p["bias"], case.key)[3:]
+    gradients = dict(zip(("y", "h", "pre", "post", "res"), cotangents(case, out), strict=True))
+    gradients |= dict.fromkeys(without)
+    streams, projection = list(p.values())[:4], list(p.values())[4:7]
+    args = [*gradients.values(), *streams, out[0], *projection, p.get("norm weight"),
+            p.get("norm shift"), out[2], proj, square, case.norm.split()[0], EPS, case.key,
+            True]  # fmt: skip
+    both = [torch.ops.mhc.seam_backward(*args, need_h) for need_h in (False, True)]
+    return *both, args, out[1]
 
 
-REBUILT = [
-    (n, channels, tokens, dtype, norm)
+AGAIN = [
+    Case("seam", n, channels, tokens, dtype, norm=norm, apart=True)
     for (n, channels, tokens, dtype), norm in itertools.product(
         ((4, 33, 3, BF16), (3, 40, 7, F32), (2, 1000, 2, F16), (1, 64, 5, BF16), (5, 33, 3, BF16),
          (4, 40, 0, BF16)), NORMS,
@@ -184,19 +193,22 @@ REBUILT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REBUILT, ids=str)
-def test_rebuild(case, device):
-    n, channels, tokens, dtype, norm = case
-    case = Case("seam", n, channels, tokens, dtype, norm=norm, apart=True)
-    p = inputs_of(case, device)
-    pre = torch.rand(*p["x"].shape[:-1], device=device)
-    y, h = rebuilt(torch.ops.mhc.rebuild, case, p, pre)
-    wide = {name: value.double() for name, value in p.items()}
-    right = rebuilt(fused.rebuild, case, wide, pre.double())
-    for got, wanted in zip((y, h), right, strict=True):
-        assert got.shape == wanted.shape and got.dtype == dtype and got.is_contiguous()
-        if tokens:  # h is of the rounded y, and y may be small where its terms are not
-            assert error(got, wanted) < 4 * torch.finfo(dtype).eps + 1e-6
+@pytest.mark.parametrize("case", AGAIN, ids=str)
+def test_a_backward_makes_h_again(case, device):
+    (*plain, none), (*rest, h), args, of_the_seam = seam_backward_with_h(case, device)
+    assert none.shape == (0,) and h.shape == of_the_seam.shape and h.dtype == case.dtype
+    assert error(h, of_the_seam) <= 2 * torch.finfo(case.dtype).eps  # sums in another order
+    assert all(torch.equal(a, b) for a, b in zip(plain, rest, strict=True))
+    right = fused.seam_backward(*[a.double() if isinstance(a, torch.Tensor) else a for a in args],
+                                True)[-1]  # fmt: skip
+    assert error(h, right) <= bound_of(case, "h", False)
+
+
+def test_a_backward_makes_h_that_has_no_gradient(device):
+    _, (*_, h), _, of_the_seam = seam_backward_with_h(
+        Case("seam", 4, 33, 3, BF16, norm="rms", apart=True), device, "h"
+    )
+    assert error(h, of_the_seam) <= torch.finfo(BF16).eps
 
 
 def test_a_launch_finds_the_kernel_of_the_one_before(monkeypatch):
