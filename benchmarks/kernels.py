@@ -164,7 +164,7 @@ def time_kernels(parts: list[dict[str, Tensor]], rule: str, rate: float) -> list
 
 def row_of(spec: KernelSpec, tokens: int, time: float, rate: float) -> dict[str, Any]:
     """A kernel's name, its time, and what its traffic makes of that."""
-    flags = [name for name in ("mix", "carry") if getattr(spec, name)]
+    flags = [name for name in ("mix", "carry", "again") if getattr(spec, name)]
     name = " ".join([spec.op, *flags, *([spec.norm] * (spec.norm != "none"))])
     row: dict[str, Any] = {"kernel": name, "key": spec.key, "us": time}
     moved = traffic(spec, tokens)

@@ -4,7 +4,7 @@ What stands between the two marks is replaced by one table a file, of end_to_end
 seam.py, training_check.py, pipeline_steps.py, data_parallel.py; without files nothing changes.
 
     cd benchmarks/results
-    python ../readme_table.py seam.json dense_4096.json moe_27b.json training_check.json
+    python ../readme_table.py seam.json dense*.json moe_27b.json training_check.json
     python ../readme_table.py sweep_*.json --page ../../docs/kernels.md
     python ../readme_table.py pipeline*.json data_parallel*.json --page ../../docs/several_gpus.md
     python benchmarks/readme_table.py out/dense.json --page docs/backend.md
@@ -32,14 +32,15 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def where(found: Found) -> str:
-    """The device and the versions of a file."""
+    """The device and the versions of a file, and its "note", which was added by hand."""
     setting = found["setting"]
     names = ("gpu", "processor", "driver", "torch", "triton")
     plain = ("gpu", "processor")
-    return ", ".join(
+    parts = [
         setting[name] if name in plain else f"{name} {setting[name]}"
         for name in names if name in setting
-    )  # fmt: skip
+    ]  # fmt: skip
+    return ", ".join(parts) + (f"; {found['note']}" if "note" in found else "")
 
 
 def model_of(found: Found) -> str:
@@ -145,12 +146,13 @@ def sweep(found: Found) -> str:
 def training(found: Found) -> str:
     """Two sentences about training runs."""
     s, result = found["setting"], found["compared"]
-    bits = f"not in {found['differs']}" if found["differs"] else "in every bit"
+    bits = f"equal but for {found['differs']}" if found["differs"] else "equal in every bit"
+    bits = "not run" if found["differs"] is None else bits
     return (
         f"bf16 training of a small model, {s['steps']} steps, {s['seeds']} seeds: the final losses "
         "with generated kernels and with the formulas differ by "
         f"{result['difference']:+.4f} on average, standard error {result['standard error']:.4f}; "
-        f"two runs with one seed are equal {bits}. {where(found)}."
+        f"two runs with one seed are {bits}. {where(found)}."
     )
 
 

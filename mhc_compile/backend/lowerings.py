@@ -63,7 +63,7 @@ def compile_with(
         recompute = Recompute(options, record)
 
         def change(graph: Graph) -> None:
-            recompute.verify(graph)
+            recompute.finish(graph)
             if written_out:
                 lower_operators(graph)
 
@@ -85,7 +85,7 @@ def compile_with(
             options, record, config.get(joint, inductor_setting(joint))
         )
         config[after] = LowerOperators(
-            written_out, config.get(after, inductor_setting(after)), recompute.verify,
+            written_out, config.get(after, inductor_setting(after)), recompute.finish,
             record.seconds,
         )  # fmt: skip
     return compile_with_inductor(gm, inputs, config)

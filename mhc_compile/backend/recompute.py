@@ -20,6 +20,7 @@ from mhc_compile.backend.measure_sublayers import (
     outline,
 )
 from mhc_compile.backend.options import Options
+from mhc_compile.backend.recompute_inputs import make_inputs_late
 from mhc_compile.backend.recompute_streams import count_rebuilt, recompute_streams
 from mhc_compile.backend.records import GraphRecord
 from mhc_compile.backend.static_memory import static_peak
@@ -70,11 +71,21 @@ class Recompute(ChainedPass):
     def _measure(self, forward: Graph) -> list[Sizes]:
         return [measure_sublayers(seams, self.weights) for seams in find_chains(forward)]
 
+    @property
+    def _fused(self) -> bool:
+        return self.options.lower == "inductor"
+
+    def finish(self, graph: Graph) -> None:
+        """Changes a forward or backward graph after partitioning, in place, and verifies it."""
+        if has_backward(graph):
+            make_inputs_late(graph, self._fused)
+        self.verify(graph)
+
     def verify(self, graph: Graph) -> None:
         """Notes what a forward or backward graph computes again; warns if the plan is not run."""
         rebuilt = count_rebuilt(graph)
         self.record.static_peak = max(
-            static_peak(graph, self.options.lower == "inductor")[0], self.record.static_peak or 0
+            static_peak(graph, self._fused)[0], self.record.static_peak or 0
         )
         if self.products is not None:
             self.products -= _count_products(graph)
@@ -109,7 +120,10 @@ class Recompute(ChainedPass):
     def identity(self) -> Any:
         """The options, the pass and the solver."""
         sources = hash_of_sources(
-            "backend/measure_sublayers.py", "backend/recompute*.py", "scheduler/*.py"
+            "backend/measure_sublayers.py",
+            "backend/recompute*.py",
+            "backend/static_memory.py",
+            "scheduler/*.py",
         )
         return sources, self.options.plan, self.options.memory_budget
 

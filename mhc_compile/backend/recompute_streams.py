@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -25,9 +25,7 @@ def recompute_streams(
 
     In a joint graph of forward and backward, the backward's readers of a seam's y and h get
     `post_res` and `pre_norm` of what is kept: the block's first x, the results of every F, and the
-    maps, so that neither F nor projection nor Sinkhorn-Knopp runs again. Where h is for gradients
-    of weights alone, its readers wait for `seam_backward`, which reads y anyway and makes h with
-    its other results. Tags tell the partitioner.
+    maps, so that neither F nor projection nor Sinkhorn-Knopp runs again. Tags tell the partitioner.
 
     Args:
         graph: the joint graph, changed in place.
@@ -68,44 +66,13 @@ def _rebuild(
     if not keep:
         merged = (before or x, f, post, res)
         again = _call(graph, anchor, torch.ops.mhc.post_res.default, merged, y)
-    if h is not None and any(_readers(h, backward)) and not _read_late(graph, y, h, backward):
+    if h is not None and any(_readers(h, backward)):
         read = _call(graph, again or anchor, torch.ops.mhc.pre_norm.default,
                      (again or y, pre, weight, shift, norm, eps), h)  # fmt: skip
         _give(graph, h, read, backward)
     if again is not None:
         _give(graph, y, again, backward)
     return again
-
-
-def _read_late(graph: Graph, y: Node, h: Node, backward: set[Node]) -> bool:
-    """Lets the backward's readers of h wait for `seam_backward`, which makes h; else False.
-
-    They may if it does not need them: what depends on h is for gradients of weights.
-    """
-    calls = (node for node in backward if mhc_op(node) == "seam_backward")
-    call = next((node for node in calls if _seen_through(arguments(node)[9]) is y), None)
-    waiting = _dependents(_readers(h, backward))
-    if call is None or call in waiting:
-        return False
-    call.args, call.kwargs = (*arguments(call)[:-1], True), {}
-    made = _fake(call)[-1]
-    call.meta["val"] = (*call.meta["val"][:-1], made)
-    if "eager_input_vals" in call.meta:  # by which Inductor keeps strides of arguments
-        call.meta["eager_input_vals"] = map_arg((call.args, {}), _value)
-    with graph.inserting_after(call):
-        again = graph.call_function(operator.getitem, (call, len(call.meta["val"]) - 1))
-    again.meta = {"val": made}
-    for node in sorted((node for node in waiting if node < call), reverse=True):
-        again.append(node)
-    _give(graph, h, again, backward)
-    return True
-
-
-def _seen_through(node: Node) -> Node:
-    """What a view is of."""
-    while is_view_call(node):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _readers(node: Node, backward: set[Node]) -> Iterator[Node]:
@@ -115,17 +82,6 @@ def _readers(node: Node, backward: set[Node]) -> Iterator[Node]:
             yield user
         elif is_view_call(user):
             yield from _readers(user, backward)
-
-
-def _dependents(nodes: Iterable[Node]) -> set[Node]:
-    """The nodes and all that is computed from them."""
-    found, todo = set[Node](), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found and node.op != "output":
-            found.add(node)
-            todo += node.users
-    return found
 
 
 def _call(graph: Graph, anchor: Node, target: Any, args: tuple[Any, ...], like: Node) -> Node:
@@ -140,13 +96,9 @@ def _call(graph: Graph, anchor: Node, target: Any, args: tuple[Any, ...], like: 
 
 def _fake(node: Node) -> Any:
     """A node's value as a fake tensor of its own: memory is planned by the identity of these."""
-    args, kwargs = map_arg((node.args, node.kwargs), _value)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
     with fake_mode_of(args):
         return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _value(node: Node) -> Any:
-    return node.meta["val"]
 
 
 def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:

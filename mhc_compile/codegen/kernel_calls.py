@@ -263,13 +263,13 @@ class KernelCalls:
                          shift=shift is not None, again=again)  # fmt: skip
         g_pre, h = self.empty(self.n, self.tokens), torch.empty_like(g) if again else None
         if norm == "none":
-            self.run(spec, x, pre, None, None, g, None, g_pre, h, None, None, self.tokens, eps)
+            self.run(spec, x, pre, None, g, None, g_pre, h, None, None, self.tokens, eps)
             return g, g_pre, h, None, None
         g_h = torch.empty_like(g)
         programs = self.count(spec, "programs")
         sums = [self.empty(programs, self.channels) if v is not None else None
                 for v in (weight, shift)]  # fmt: skip
-        self.run(spec, x, pre, weight, shift, g, g_h, g_pre, h, *sums, self.tokens, eps)
+        self.run(spec, x, pre, weight, g, g_h, g_pre, h, *sums, self.tokens, eps)
         return g_h, g_pre, h, sums[0], sums[1]
 
     def spread(self, pre: Tensor, g_h: Tensor) -> Tensor:

@@ -30,9 +30,10 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
     if not (whole and seam_only):
         found += [("gates_backward", {})]
     found += [(op, norm) for op in ("read", "pre_backward") for norm in norms]
-    found += [("pre_backward", norm | {"again": True}) for norm in norms]
     if whole:
         found += [("project", {"mix": True}), ("seam_backward", {})]
+        plain = (norm for norm in norms if not norm.get("shift"))
+        found += [("pre_backward", norm | {"again": True}) for norm in plain]
     else:
         found += [("read_backward", {"carry": True})]
     affine = dict.fromkeys((norm.get("weight", False), norm.get("shift", False)) for norm in norms)

@@ -149,16 +149,17 @@ def seam_backward(
     maps = call.by_component(pre_next, call.n)
     terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]
     affine: Sequence[Tensor | None] = (None, None)
-    norm_of_h = weight, shift, norm, norm_eps
+    whole, norm_of_h, h = fits_whole(call.base), (weight, shift, norm, norm_eps), None
+    at_once = need_h and whole and shift is None  # for more memory does not suffice on every GPU
     if g_h is None:
         gradient = torch.zeros_like(mixed[1])
-        h = call.pre(flat_y, maps, *norm_of_h) if need_h else None
     else:
         gradient, term, h, *affine = call.pre_backward(
-            flat_y, maps, call.single(g_h), *norm_of_h, need_h
+            flat_y, maps, call.single(g_h), *norm_of_h, at_once
         )
         terms.append(term)
-    whole = fits_whole(call.base)
+    if need_h and h is None:
+        h = call.pre(flat_y, maps, *norm_of_h)
     dh, own, sums = _gates_backward(
         call, (alpha, bias), proj, square, terms, g_post, g_res,
         (mixed[3], mixed[2], maps) if whole else (),

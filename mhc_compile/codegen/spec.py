@@ -79,7 +79,7 @@ class KernelSpec:
             "seam_once", "add_shares").
         weight: that norm has a weight.
         shift: that norm has a shift.
-        again: h is computed too ("pre_backward"); its `name`, and so its tile, is as without.
+        again: h is computed too ("pre_backward" without shift), with the tile of without.
         target: "cuda", "hip" or "interpret" (Triton's interpreter on a CPU).
     """
 
@@ -137,7 +137,7 @@ class KernelSpec:
     @property
     def name(self) -> str:
         """The operation and its variant, as in "project_mix" or "pre_rms_weight"."""
-        flags = [flag for flag in ("mix", "carry") if getattr(self, flag)]
+        flags = [flag for flag in ("mix", "carry", "again") if getattr(self, flag)]
         norm = [self.norm] if self.norm != "none" else []
         affine = [flag for flag in ("weight", "shift") if norm and getattr(self, flag)]
         return "_".join([self.op, *flags, *norm, *affine])
@@ -150,7 +150,7 @@ class KernelSpec:
             if name != "_".join([op, *flags]):
                 continue
             norm = [flag for flag in flags if flag in NORMS[1:]]
-            known = [flag for flag in flags if flag in ("mix", "carry", "weight", "shift")]
+            known = [f for f in flags if f in ("mix", "carry", "again", "weight", "shift")]
             if len(norm) < 2 and len(norm) + len(known) == len(flags):
                 return {"op": op, "norm": norm[0] if norm else "none", **dict.fromkeys(known, True)}
         raise MHCError(f"there is no kernel {name!r}: the operations are {', '.join(OPS)}")

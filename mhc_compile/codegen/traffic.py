@@ -62,7 +62,7 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
         if not normed:
             return "x g_out" + (" pre" if h else ""), f"g_pre{h}"
         sums = (" weight_shares" if weight else "") + (" shift_shares" if shift else "")
-        return f"x pre g_out{weight}{shift if h else ''}", f"g_h g_pre{h}{sums}"
+        return f"x pre g_out{weight}", f"g_h g_pre{h}{sums}"
     if spec.op == "spread":
         return "pre g_h", "g_x"
     if spec.op == "gates_backward":

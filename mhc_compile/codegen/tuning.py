@@ -98,7 +98,7 @@ def tile_for(spec: KernelSpec, tokens: int, tuning: Tuning) -> Tile:
     Raises:
         MHCError: a table is damaged.
     """
-    spec = replace(spec, tile=choose_tile(spec, tokens))
+    spec = replace(spec, tile=choose_tile(spec, tokens), again=False)
     if tuning.mode == "off" or not tokens or spec.op in GIVEN:
         return spec.tile
     with _lock:

@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import Graph
 
-from mhc_compile.backend.static_memory import static_peak
+from mhc_compile.backend.static_memory import Lifetimes, static_peak
 
 aten = torch.ops.aten
 
@@ -44,6 +44,25 @@ def test_several_results():
         (aten.mm.default, (2, 2), floats(60)),
     )
     assert static_peak(graph) == (4 * 200, nodes[1])
+
+
+def test_the_peak_in_another_order():
+    """Their operands are held until then, their results are not there yet."""
+    graph, nodes = graph_of(
+        (aten.mm.default, (0, 0), floats(30)),  # 100 + 30
+        (aten.exp.default, (1,), floats(40)),  # 100 + 30 + 40: moved behind the next but one
+        (aten.mm.default, (0, 0), floats(200)),  # 100 + 40 + 200, the input goes
+        (aten.mm.default, (3, 3), floats(5)),
+        (aten.mm.default, (2, 4), floats(1)),
+    )
+    lifetimes = Lifetimes(graph)
+    assert lifetimes.peak == 4 * 340
+    # 100 + 30 + 200; then 30 + 200 + 5, then 30 + 40 + 5
+    assert lifetimes.stretch(nodes[2], nodes[4]) == nodes[2:5]
+    assert lifetimes.peak_of([nodes[3], nodes[4], nodes[2]]) == 4 * 330
+    assert lifetimes.peak_of([nodes[3], nodes[2]]) == 4 * 330
+    assert lifetimes.peak_of([nodes[3], nodes[4], nodes[1], nodes[2]]) == 4 * 305
+    # The input is held for it: 100 + 200 + 5; then 100 + 30 + 5
 
 
 def test_fused_steps_are_not_stored():

@@ -167,6 +167,16 @@ def test_cached_takes_what_is_in_a_table(own_state):
     assert tuning.tile_for(MIX, 8192, tuning.Tuning("off", "sm_90")) == choose_tile(MIX, 8192)
 
 
+def test_h_made_again_takes_the_tile_that_is_best_without(own_state):
+    plain = pick("pre_backward_rms_weight")
+    best = replace(plain.tile, stages=plain.tile.stages + 1)
+    own_state.mkdir(mode=0o700)
+    TileTable([entry(kernel=plain.name, tile=best)]).write(own_state / "tiles.json")
+    again = pick("pre_backward_again_rms_weight")
+    assert again == replace(plain, again=True)
+    assert tuning.tile_for(again, 8192, ON_H100) == tuning.tile_for(plain, 8192, ON_H100) == best
+
+
 def test_a_damaged_table_is_said_where_a_kernel_needs_it(own_state):
     own_state.mkdir(mode=0o700)
     (own_state / "tiles.json").write_text("{")
