@@ -335,14 +335,16 @@ def size_hint(size: Any) -> int:
 
 
 def ddp_cuts_graphs() -> bool:
-    """Whether Dynamo compiles within DistributedDataParallel, at whose buckets it cuts graphs."""
+    """Whether Dynamo compiles within DistributedDataParallel, and cuts graphs at its buckets."""
     if not torch.distributed.is_available():
         return False
     from torch._dynamo.utils import get_optimize_ddp_mode
     from torch.nn.parallel import DistributedDataParallel
 
-    inside = DistributedDataParallel._get_active_ddp_module() is not None
-    return inside and get_optimize_ddp_mode() == "ddp_optimizer"
+    module: Any = DistributedDataParallel._get_active_ddp_module()
+    if module is None or get_optimize_ddp_mode() != "ddp_optimizer":
+        return False
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad) > module.bucket_bytes_cap
 
 
 def pipeline_runtime() -> tuple[Any, tuple[Any, ...]]:

@@ -21,7 +21,7 @@ from mhc_compile.backend.fuse_collapses import fuse_collapses
 from mhc_compile.backend.fuse_expand import fuse_expand
 from mhc_compile.backend.fuse_norms import fuse_norms
 from mhc_compile.backend.fuse_seams import fuse_seams
-from mhc_compile.backend.graph_nodes import graphs
+from mhc_compile.backend.graph_nodes import arguments, graphs, mhc_op
 from mhc_compile.backend.options import Options, parse_options
 from mhc_compile.backend.records import GraphRecord, keep
 from mhc_compile.codegen.tuning import set_tuning
@@ -82,10 +82,9 @@ def mhc(
         )
         record.notes.append(note)
         warnings.warn(f"backend='mhc': {note}", stacklevel=2)
-    if chosen.fuse and record.operators and ddp_cuts_graphs():
-        if not any(count_operators(graph)["seam"] for graph in graphs(gm)):
-            record.notes.append(_CUT_BY_DDP)
-            warnings.warn(f"backend='mhc': {_CUT_BY_DDP}", stacklevel=2)
+    if chosen.fuse and record.operators and ddp_cuts_graphs() and _begins_at_a_read(gm):
+        record.notes.append(_CUT_BY_DDP)
+        warnings.warn(f"backend='mhc': {_CUT_BY_DDP}", stacklevel=2)
     if (
         record.operators
         and chosen.recompute not in (None, "off")
@@ -117,6 +116,14 @@ def run_passes(gm: GraphModule, record: GraphRecord) -> None:
         if isinstance(part, GraphModule):
             part.recompile()
     _dump("after the passes", gm)
+
+
+def _begins_at_a_read(gm: GraphModule) -> bool:
+    """Whether a graph without seams reads streams that come from outside of it."""
+    if any(count_operators(graph)["seam"] for graph in graphs(gm)):
+        return False
+    reads = (node for node in gm.graph.nodes if mhc_op(node) in ("read", "coefficients"))
+    return any(arguments(node)[0].op == "placeholder" for node in reads)
 
 
 def _start_record(gm: GraphModule, inputs: Sequence[Any], options: Options) -> GraphRecord:

@@ -28,6 +28,7 @@ KEPT = ("maps", "maps_backward")
 _SOURCES = (
     "backend/lower_operators.py", "backend/formulas.py", "backend/graph_nodes.py",
     "map_layout.py", "runtime/op_shapes.py", "runtime/ops.py", "runtime/fused_norm.py",
+    "backend/recompute_inputs.py", "backend/static_memory.py", "backend/measure_sublayers.py",
 )  # fmt: skip
 
 

@@ -176,7 +176,7 @@ def seam_backward(
             "shift": x if shift is None else shift}  # fmt: skip
     g_post, g_res, *others = call.add_shares(sums, shares, affine, dots, like).values()
     maps_gradients = call.by_token(g_post, call.n), call.by_token(g_res, call.n, call.n)
-    again = x.new_empty(0) if h is None else h.view(f.shape)
+    again = x.new_empty(0) if h is None else h.view(*call.lead, call.channels)
     return g_x.view(x.shape), g_f.view(f.shape), *maps_gradients, *others, again
 
 

@@ -183,7 +183,8 @@ def seam_backward(
     affine = (_like(x if t is None else t, used and t is not None) for t in (weight, shift))
     parameters = _like(phi, need_phi), _like(alpha), _like(bias)
     maps = _like_maps(post, 1), _like_maps(res, 2)
-    return _like(x), _like(f), *maps, *parameters, *affine, _like(f, need_h)
+    h = pre(y, pre_next) if need_h else _like(x, False)
+    return _like(x), _like(f), *maps, *parameters, *affine, h
 
 
 def expand(x: Tensor, n: int) -> Tensor:

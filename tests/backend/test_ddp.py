@@ -40,7 +40,20 @@ def test_cuts_between_merge_and_read_are_told_with_the_remedy(monkeypatch):
         got = gradients(compiled(model, 1e-3), model, x)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
-    assert any("DistributedDataParallel" in note for note in last_record().notes)
+
+
+class Scaled(Sublayers):
+    def between(self, k, x):
+        return 1.5 * x
+
+
+def test_other_reasons_are_not_taken_for_cuts():
+    """Streams that something stands between, a single sublayer: one bucket, nothing is cut."""
+    for model in (Scaled(3), Sublayers(1)):
+        torch.compiler.reset()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="backend='mhc'")
+            gradients(compiled(model, 25), model, torch.randn(2, 5, C))
 
 
 @pytest.mark.parametrize("how", ["one bucket", "no cuts"])
