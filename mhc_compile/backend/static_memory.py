@@ -24,7 +24,7 @@ class Lifetimes:
     is not seen.
 
     Args:
-        graph: a joint graph, or a forward or backward graph after partitioning.
+        graph: a forward or backward graph after partitioning.
         fused: whether elementwise steps that only such steps and sums read are never stored, as
             Inductor's fusion mostly has it.
 
