@@ -28,11 +28,6 @@ from mhc_compile.codegen.tuning import set_tuning
 
 PASSES = (fuse_seams, fuse_collapses, fuse_norms, fuse_expand)
 """The passes over a captured graph, in this order."""
-_CUT_BY_DDP = (
-    "no merge is beside the next sublayer's read, for torch.compile cuts graphs at the buckets of "
-    "DistributedDataParallel: nothing is fused or recomputed over cuts; compile the model's blocks "
-    "one by one instead, with torch._dynamo.config.optimize_ddp = False"
-)
 _log = logging.getLogger(__name__)
 
 
@@ -76,22 +71,24 @@ def mhc(
     if chosen.fuse and record.operators:
         run_passes(gm, record)
     if not record.operators and any(find_plain_residual(graph) for graph in graphs(gm)):
-        note = (
+        _warn(
+            record,
             "the graph has residual adds and no hyper-connections: call "
-            "mhc_compile.transform(model) before torch.compile; it is compiled as it is"
+            "mhc_compile.transform(model) before torch.compile; it is compiled as it is",
         )
-        record.notes.append(note)
-        warnings.warn(f"backend='mhc': {note}", stacklevel=2)
     if chosen.fuse and record.operators and ddp_cuts_graphs() and _begins_at_a_read(gm):
-        record.notes.append(_CUT_BY_DDP)
-        warnings.warn(f"backend='mhc': {_CUT_BY_DDP}", stacklevel=2)
+        _warn(
+            record,
+            "no merge is beside the next sublayer's read, for torch.compile cuts graphs at the "
+            "buckets of DistributedDataParallel: nothing is fused or recomputed over cuts; compile "
+            "the model's blocks one by one instead, with torch._dynamo.config.optimize_ddp = False",
+        )
     if (
         record.operators
         and chosen.recompute not in (None, "off")
         and (chosen.lower == "eager" or not chosen.fuse)
     ):
-        record.notes.append("nothing is recomputed: that needs fuse=True and another lower=")
-        warnings.warn(f"backend='mhc': {record.notes[-1]}", stacklevel=2)
+        _warn(record, "nothing is recomputed: that needs fuse=True and another lower=")
     keep(record)
     return lowerings.compile_with(gm, example_inputs, chosen, record)
 
@@ -116,6 +113,12 @@ def run_passes(gm: GraphModule, record: GraphRecord) -> None:
         if isinstance(part, GraphModule):
             part.recompile()
     _dump("after the passes", gm)
+
+
+def _warn(record: GraphRecord, note: str) -> None:
+    """Says something now and in the report."""
+    record.notes.append(note)
+    warnings.warn(f"backend='mhc': {note}", stacklevel=3)
 
 
 def _begins_at_a_read(gm: GraphModule) -> bool:

@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from mhc_compile._torch_compat import HigherOrderOperator, OpOverload, OpOverloadPacket
+from mhc_compile._torch_compat import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    fake_mode_of,
+)
 
 HOISTED = ("add", "mul", "float", "to")
 _IN_PLACE = {
@@ -114,6 +120,13 @@ def result(call: Node, index: int) -> Node | None:
     """The node that takes one of a call's several results, None without."""
     takers = (user for user in call.users if user.target is operator.getitem)
     return next((taker for taker in takers if taker.args[1] == index), None)
+
+
+def fake_result(call: Node) -> Any:
+    """What a call returns, as fake tensors of its own: memory is planned by their identity."""
+    args, kwargs = map_arg((call.args, call.kwargs), lambda source: source.meta["val"])
+    with fake_mode_of(args):
+        return call.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def same_grad_mode(first: Node, last: Node) -> bool:

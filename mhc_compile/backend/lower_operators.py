@@ -35,19 +35,19 @@ _SOURCES = (
 class LowerOperators(ChainedPass):
     """The pass as Inductor runs it.
 
-    Where generated kernels run the operators, it lowers none (`lower`). In any case it tells
-    `seen` of the graph first. What it takes is added to `seconds`.
+    Where generated kernels run the operators, it lowers none (`lower`). In any case `first` gets
+    the graph, and may change it. What lowering takes is added to `seconds`.
     """
 
     def __init__(
-        self, lower: bool, before: Any, seen: Callable[[Graph], None], seconds: dict[str, float]
+        self, lower: bool, before: Any, first: Callable[[Graph], None], seconds: dict[str, float]
     ) -> None:
         super().__init__(before)
-        self.lower, self.seen, self.seconds = lower, seen, seconds
+        self.lower, self.first, self.seconds = lower, first, seconds
 
     def change(self, graph: Graph) -> None:
         """Lowers every operator of a forward or backward graph, in place."""
-        self.seen(graph)
+        self.first(graph)
         if self.lower:
             start = time.perf_counter()
             lower_operators(graph, inductor_decompositions())

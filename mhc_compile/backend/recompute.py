@@ -120,10 +120,7 @@ class Recompute(ChainedPass):
     def identity(self) -> Any:
         """The options, the pass and the solver."""
         sources = hash_of_sources(
-            "backend/measure_sublayers.py",
-            "backend/recompute*.py",
-            "backend/static_memory.py",
-            "scheduler/*.py",
+            "backend/measure_sublayers.py", "backend/recompute*.py", "scheduler/*.py"
         )
         return sources, self.options.plan, self.options.memory_budget
 

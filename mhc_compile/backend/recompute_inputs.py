@@ -9,8 +9,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from mhc_compile._torch_compat import OpOverload, fake_mode_of, is_view_call
-from mhc_compile.backend.graph_nodes import arguments, mhc_op
+from mhc_compile._torch_compat import OpOverload, is_view_call
+from mhc_compile.backend.graph_nodes import arguments, fake_result, mhc_op
 from mhc_compile.backend.static_memory import Lifetimes
 
 _PRE_NORM = (9, 15, 13, 14, 18, 19)
@@ -77,10 +77,12 @@ def _shape_of_input(view: Node) -> torch.Size:
 
 def _waiting(read: Node, call: Node) -> set[Node] | None:
     """What is computed from a node before a call; None if the call needs it, or is before."""
+    if call < read:
+        return None
     found, todo = set[Node](), [read]
     while todo:
         node = todo.pop()
-        if node is call or call < read:
+        if node is call:
             return None
         if node not in found and node < call:
             found.add(node)
@@ -104,11 +106,10 @@ def _may_wait(node: Node) -> bool:
 def _ask_for_h(graph: Graph, call: Node) -> Node:
     """The node of h, the last result of a `seam_backward`."""
     call.args, call.kwargs = (*arguments(call)[:-1], True), {}
-    values = map_arg(call.args, lambda source: source.meta["val"])
-    with fake_mode_of(values):
-        *_, h = call.target(*values)  # type: ignore[operator]
+    *_, h = fake_result(call)
     call.meta["val"] = (*call.meta["val"][:-1], h)
     if "eager_input_vals" in call.meta:  # by which Inductor keeps strides of arguments
+        values = map_arg(call.args, lambda source: source.meta["val"])
         call.meta["eager_input_vals"] = values, {}
     with graph.inserting_after(call):
         node = graph.call_function(operator.getitem, (call, len(call.meta["val"]) - 1))

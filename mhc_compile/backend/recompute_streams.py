@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
-from mhc_compile._torch_compat import CheckpointPolicy, fake_mode_of, is_view_call
-from mhc_compile.backend.graph_nodes import arguments, is_tangent, mhc_op, result
+from mhc_compile._torch_compat import CheckpointPolicy, is_view_call
+from mhc_compile.backend.graph_nodes import arguments, fake_result, is_tangent, mhc_op, result
 
 REBUILT = "mhc_rebuilt"
 """Mark in a node's `meta`: it computes again what the forward has dropped."""
@@ -88,17 +87,10 @@ def _call(graph: Graph, anchor: Node, target: Any, args: tuple[Any, ...], like: 
     with graph.inserting_after(anchor):
         node = graph.call_function(target, args)
     node.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack")}
-    node.meta["val"] = _fake(node)
+    node.meta["val"] = fake_result(node)
     node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     node.meta[REBUILT] = True
     return node
-
-
-def _fake(node: Node) -> Any:
-    """A node's value as a fake tensor of its own: memory is planned by the identity of these."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-    with fake_mode_of(args):
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:
@@ -111,7 +103,7 @@ def _give(graph: Graph, node: Node, again: Node, backward: set[Node]) -> None:
         elif is_view_call(user) and any(_readers(user, backward)):
             with graph.inserting_after(max(user, again)):  # the later one
                 copy = graph.node_copy(user, lambda n: again if n is node else n)
-            copy.meta |= {REBUILT: True, "val": _fake(copy)}
+            copy.meta |= {REBUILT: True, "val": fake_result(copy)}
             _give(graph, user, copy, backward)
 
 
