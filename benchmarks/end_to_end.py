@@ -5,7 +5,8 @@ copy of the model. Then each model is built on the device, its versions run one 
 it is freed; with --interleave all models are there at once and the versions take turns. "step"
 and "forward and backward" are times between events on the device, of steps that follow each other
 at once; "kernels" is the sum of the times of a step's kernels: where it is far below the step's,
-the device waits for Python. With --graph a step is one replay of a CUDA graph.
+the device waits for Python, whose own time is that until the calls of a step return, the device
+being idle when they begin. With --graph a step is one replay of a CUDA graph.
 
     python benchmarks/end_to_end.py --model dense --channels 4096 --blocks 4 --json out/dense.json
     python benchmarks/end_to_end.py --model moe --blocks 2 --only plain --only mhc
@@ -79,6 +80,18 @@ class Run:
         microseconds, count = kernel_time(self.step, 2)
         return microseconds / 1e3, count
 
+    def python(self, repeats: int = 5) -> dict[str, float] | None:
+        """Milliseconds until the calls of a step return; None on a CPU, which works in them."""
+        if self.device.type == "cpu":
+            return None
+        times = []
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            self.step()
+            times.append(1e3 * (time.perf_counter() - start))
+        return spread(times)
+
     def peak(self) -> int:
         """Bytes at the peak of a step, with the model and the optimizer, but of no other model."""
         self.training.optimizer.zero_grad()  # a step starts without gradients
@@ -119,11 +132,12 @@ def measure(runs: dict[str, Run], repeats: int, until: float) -> dict[str, Row]:
             break
     rows = {}
     for name, run in runs.items():
-        kernels = run.kernels()
+        python, kernels = run.python(), run.kernels()
         rows[name] = {
             "status": "ok",
             "step ms": spread([both for _, both in times[name]]),
             "forward and backward ms": spread([first for first, _ in times[name]]),
+            "python ms": python,
             "kernels ms": kernels and kernels[0],
             "kernels": kernels and kernels[1],
             "peak bytes": run.peak(),
@@ -193,12 +207,13 @@ def table(rows: dict[str, Row], shape: Shape, flops: float | None) -> str:
             f"{step['median'] / base:.3f}" if base else "", f"{both['median']:.2f}",
             f"{both['median'] / plain:.3f}" if plain else "",
             "" if row["kernels ms"] is None else f"{row['kernels ms']:.2f} ({row['kernels']})",
+            "" if row["python ms"] is None else f"{row['python ms']['median']:.1f}",
             f"{shape.tokens / step['median'] * 1e3:.0f}", f"{row['peak bytes'] / 2**30:.2f}",
             f"{row['compile seconds']:.0f}",
         ])  # fmt: skip
     headers = [
         "version", "step ms (quartiles)", "x plain", "forward and backward ms", "x plain",
-        "kernels ms", "tokens/s", "peak GiB", "compile s",
+        "kernels ms", "Python ms", "tokens/s", "peak GiB", "compile s",
     ]  # fmt: skip
     text = tabulate(body, headers, tablefmt="github", disable_numparse=True)
     if plain and flops:
@@ -210,7 +225,8 @@ def run_checks(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """Compares with float64 in the dtypes of --check; versions that are wrong are not timed."""
     found: dict[str, Any] = {}
     for name in args.check:
-        rows = check(shape, args.only, args.streams, torch.device(args.device), DTYPES[name])
+        versions = {version: VERSIONS[version] for version in args.only}
+        rows = check(shape, versions, args.streams, torch.device(args.device), DTYPES[name])
         found[name] = rows
         right = [row for row in rows.values() if not row["why"]]
         worst = max((row[k] for row in right for k in row if k not in ("eager", "why")), default=0)

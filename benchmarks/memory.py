@@ -2,7 +2,8 @@
 
 Activations alone: the peak of what is allocated during a forward and backward, beside parameters,
 gradients and optimizer, which are there before. On a GPU by the allocator, on a CPU by the
-profiler's memory events. "predicted" is the plan's own figure, with the sizes of the model.
+profiler's memory events. "predicted" is the plan's own figure, with the sizes of the model. First
+loss and gradients of each plan are compared with float64 on a small copy of the model.
 
     python benchmarks/memory.py --channels 4096 --blocks 6 --json out/memory.json
     python benchmarks/memory.py --device cpu --channels 64 --blocks 2 --length 64 --streams 2
@@ -21,7 +22,7 @@ from tabulate import tabulate
 from timing import machine, need_gpu, spread, write_json
 from torch._inductor import config as inductor_config
 from training_models import Shape, make_shape
-from training_steps import Training, Version, compiled, failure, time_steps
+from training_steps import Training, Version, check, compiled, failure, time_steps
 
 from mhc_compile.backend.records import last_record
 from mhc_compile.runtime.memory_events import peak_bytes
@@ -58,13 +59,18 @@ def measure_all(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
     wanted += [(n, plan) for n in args.streams for plan in args.plans]
     rows: list[dict[str, Any]] = []
     for streams in dict.fromkeys(n for n, _ in wanted):
+        plans = {plan: _version(plan, 2) for n, plan in wanted if n == streams}
+        checked = check(shape, plans, streams, device, torch.float32)
         training = Training(shape, "plain" if streams == 1 else "mhc", streams, device)
         for plan in (plan for n, plan in wanted if n == streams):
             name = {"streams": streams, "recompute": plan}
             try:
-                rows.append(name | measure(training, _version(plan, shape), args.repeats))
+                row: dict[str, Any] = {"status": checked[plan]["why"]}
+                if not row["status"]:
+                    row = measure(training, _version(plan, shape.blocks), args.repeats)
             except Exception as error:  # the others' results are worth having
-                rows.append(name | {"status": failure(error)})
+                row = {"status": failure(error)}
+            rows.append(name | row)
             print(f"n = {streams}, {plan}: {rows[-1]['status']}", flush=True)
             write_json(args, {"rows": rows})
         del training
@@ -73,10 +79,10 @@ def measure_all(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
     return rows
 
 
-def _version(plan: str, shape: Shape) -> Version:
+def _version(plan: str, blocks: int) -> Version:
     if plan == "plain":
         return Version("plain", "inductor")
-    return Version("mhc", "mhc", {"recompute": 2 * shape.blocks if plan == "one block" else plan})
+    return Version("mhc", "mhc", {"recompute": 2 * blocks if plan == "one block" else plan})
 
 
 def table(rows: list[dict[str, Any]]) -> str:

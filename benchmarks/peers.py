@@ -100,6 +100,36 @@ def by_reference(compiled: bool = True) -> Peer:
     return Peer("paper", wrap(read), wrap(mix), _same, lambda p: (p[0], p[1], p[2]))
 
 
+def by_torch() -> Peer:
+    """The paper's formulae as one writes them for Inductor, with phi in the streams' dtype.
+
+    Without matrix products but the projection's: the others would be products in float32 by cuBLAS.
+    """
+
+    def read(x: Tensor, p: list[Tensor]) -> Maps:
+        (phi, alpha, bias), n, flat = p, x.shape[-2], x.flatten(-2)
+        inverse = (flat.float().square().mean(-1, keepdim=True) + 1e-20).rsqrt()
+        projected = (flat @ phi.to(x.dtype)).float() * inverse
+        pre, post, res = (
+            a * part + b for a, part, b in
+            zip(alpha, projected.split([n, n, n * n], -1), bias.split([n, n, n * n]), strict=True)
+        )  # fmt: skip
+        matrix = res.unflatten(-1, (n, n)).exp()
+        for _ in range(20):
+            matrix = matrix / matrix.sum(-2, keepdim=True)
+            matrix = matrix / matrix.sum(-1, keepdim=True)
+        h = (pre.sigmoid().unsqueeze(-1) * x.float()).sum(-2)
+        return h.to(x.dtype), (2 * post.sigmoid(), matrix)
+
+    def mix(x: Tensor, f: Tensor, maps: Any) -> Tensor:
+        post, res = maps
+        mixed = (res.unsqueeze(-1) * x.float().unsqueeze(-3)).sum(-2)
+        return (mixed + post.unsqueeze(-1) * f.float().unsqueeze(-2)).to(x.dtype)
+
+    wrap: Any = torch.compile
+    return Peer("paper", wrap(read), wrap(mix), _same, lambda p: (p[0], p[1], p[2]))
+
+
 def transformers_v4(compiled: bool) -> Peer:
     """DeepSeek-V4's connections in transformers; maps are rounded to the streams' dtype to mix."""
     try:
@@ -151,6 +181,26 @@ def liger() -> Peer:
         "liger", read, lambda x, f, maps: liger_mhc_post_res(x, f, *maps),
         lambda phi, alpha, bias: [phi.bfloat16(), bias, *(a.clone() for a in alpha)],
         lambda p: (p[0], torch.stack(list(p[2:])), p[1]),
+    )  # fmt: skip
+
+
+def tile_kernels() -> Peer:
+    """DeepSeek's TileLang kernels for n = 4, with streams as `[b, s, n, C]`."""
+    try:
+        from tile_kernels.modeling.mhc.functional import mhc_post, mhc_pre
+    except (ImportError, OSError) as error:
+        raise NotInstalledError(str(error)) from error
+
+    def read(x: Tensor, p: list[Tensor]) -> Maps:
+        return mhc_pre(x, *p)
+
+    def mix(x: Tensor, f: Tensor, maps: Any) -> Tensor:
+        return mhc_post(f, x, *maps)
+
+    return Peer(
+        "tilekernels", read, mix, lambda phi, a, b: [phi.t().contiguous(), a, b],
+        lambda p: (p[0].t(), p[1], p[2]), lambda x: x.unsqueeze(0), lambda x: x.squeeze(0),
+        single=lambda f: f.unsqueeze(0),
     )  # fmt: skip
 
 
@@ -235,8 +285,10 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "these kernels, with RMSNorm": lambda: these_kernels("rms"),
     "TransformerEngine": lambda: transformer_engine(best=False),
     "TransformerEngine, norm weight and one buffer": lambda: transformer_engine(best=True),
-    "Liger, bf16 phi": liger,
     "transformers, DeepSeek-V4, eager": lambda: transformers_v4(compiled=False),
     "transformers, DeepSeek-V4, torch.compile": lambda: transformers_v4(compiled=True),
     "reference, torch.compile": by_reference,
+    "formulae, bf16 phi, torch.compile": by_torch,
+    "TileKernels": tile_kernels,
+    "Liger, bf16 phi": liger,
 }

@@ -1,11 +1,13 @@
 """Writes the README's section of measurements from the JSON files of other benchmarks.
 
 What stands between the two marks is replaced by one table a file, of end_to_end.py, memory.py,
-seam.py, training_check.py, pipeline_steps.py, data_parallel.py; without files nothing changes.
+seam.py, kernels.py, training_check.py, pipeline_steps.py, data_parallel.py; without files nothing
+changes.
 
     cd benchmarks/results
-    python ../readme_table.py seam.json dense*.json moe_27b.json training_check.json
-    python ../readme_table.py sweep_*.json --page ../../docs/kernels.md
+    python ../readme_table.py seam.json dense_2048.json dense_4096.json moe*.json training*.json
+    python ../readme_table.py dense_*_*.json graph*.json memory.json --page ../../docs/steps.md
+    python ../readme_table.py kernels*.json seam_*.json sweep*.json --page ../../docs/kernels.md
     python ../readme_table.py pipeline*.json data_parallel*.json --page ../../docs/several_gpus.md
     python benchmarks/readme_table.py out/dense.json --page docs/backend.md
 """
@@ -93,6 +95,19 @@ def memory(found: Found) -> str:
     headers = ["n", "recompute", "blocks", "activations' peak GiB", "predicted",
                "forward and backward ms"]  # fmt: skip
     return f"Memory, {model_of(found)}; {where(found)}:\n\n{markdown(headers, body)}"
+
+
+def kernels(found: Found) -> str:
+    """A table of kernels, each alone."""
+    s = found["setting"]
+    body = [
+        [row["kernel"], f"{row['us']:.1f}", f"{row['bytes'] / 1e6:.1f}", f"{row['of copy']:.2f}"]
+        for row in found["kernels"]
+    ]
+    sizes = f"{s['tokens']} tokens, C = {s['hidden']}, n = {s['streams']}, {s['dtype']}"
+    copied = f"a copy moves {found['copy_bytes_per_us'] / 1e6:.2f} TB/s"
+    table = markdown(["kernel", "us", "MB", "of copy"], body)
+    return f"Kernels, {sizes}, {copied}; {where(found)}:\n\n{table}"
 
 
 def seam(found: Found) -> str:
@@ -208,7 +223,7 @@ def several(found: Found) -> str:
 
 KINDS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("flops", end_to_end), ("compared", training), ("sizes", seam),
-    ("ranks", several), ("rows", memory),
+    ("ranks", several), ("kernels", kernels), ("rows", memory),
 )  # fmt: skip
 """The key by which a file is known, the first that it has."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,9 +87,10 @@ def batch_of(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Te
 
 
 def check(
-    shape: Shape, names: Sequence[str], streams: int, device: torch.device, dtype: torch.dtype
+    shape: Shape, versions: Mapping[str, Version], streams: int, device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Compares versions with eager float64 on a small copy of the model.
+    """Compares versions with eager float64 on a small copy of the model, of two blocks.
 
     Returns:
         By version the relative errors of "loss", of the gradients of "weights" and of
@@ -97,7 +98,7 @@ def check(
     """
     shape = replace(small(shape), length=64, batch=2, blocks=2)
     found: dict[str, dict[str, Any]] = {}
-    for connection in dict.fromkeys(VERSIONS[name].connection for name in names):
+    for connection in dict.fromkeys(version.connection for version in versions.values()):
         torch.manual_seed(0)
         model = make_model(shape, connection, streams, device, dtype)
         batch = batch_of(shape, device, dtype)
@@ -109,10 +110,10 @@ def check(
             return {key: relative(got[key], right[key]) for key in right}
 
         eager = errors(model)
-        for name in names:
-            if VERSIONS[name].connection == connection:
+        for name, version in versions.items():
+            if version.connection == connection:
                 try:
-                    own = errors(compiled(model, VERSIONS[name]))
+                    own = errors(compiled(model, version))
                 except Exception as error:  # the others are worth checking
                     found[name] = {"eager": eager, "why": failure(error)}
                     continue

@@ -9,7 +9,7 @@ from readme_table import BEGIN, END, README, main
 SETTING = {
     "model": "dense", "channels": 64, "blocks": 2, "batch": 1, "length": 16, "streams": 4,
     "graph": False, "sweep": False, "dtype": "bf16", "steps": 500, "seeds": 4,
-    "gpu": "a GPU", "driver": "1.2", "torch": "3.4", "triton": "5.6",
+    "tokens": 8, "hidden": 64, "gpu": "a GPU", "driver": "1.2", "torch": "3.4", "triton": "5.6",
 }  # fmt: skip
 MS = {"median": 4.0, "low": 3.9, "high": 4.2}
 STEP = {"status": "ok", "step ms": MS, "forward and backward ms": MS, "peak bytes": 3 * 2**30}
@@ -35,6 +35,10 @@ FILES = {
                 "theirs": {"status": "not installed"},
             },
         }]
+    },
+    "kernels": {
+        "copy_bytes_per_us": 3e6,
+        "kernels": [{"kernel": "mix", "us": 123.45, "bytes": 678900000, "of copy": 0.98}],
     },
     "pipeline": {
         "ranks": 2,
@@ -78,6 +82,7 @@ def test_all_kinds(tmp_path, page):
     assert "| mhc" in text and "1.250" in text and "3,200" in text and "failed: why" in text
     assert "2, 1, 1" in text and "2.00" in text
     assert "0.25" in text and "theirs" not in text
+    assert "| mix " in text and "123.5" in text and "678.9" in text and "3.00 TB/s" in text
     assert "differ by +0.0010 on average" in text and "equal in every bit" in text
     assert "400 (390 to 410)" in text and "0.80" in text and "not run" in text
     assert "1.150" in text and "2.5" in text and "wrong" in text

@@ -53,3 +53,18 @@ def test_sizes():
     assert len(sizes_of(given)) == 6
     given.sweep, given.tokens, given.hidden = False, None, [2560]
     assert sizes_of(given) == [Size(8192, 2560, 4, torch.bfloat16)]
+
+
+def test_a_chain_that_was_slow_once_counts_by_its_faster_time(monkeypatch):
+    medians = iter([50.0, 900.0, 20.0, 60.0, 10.0, 30.0, 40.0, 70.0])  # forward and both, 2 4 2 4
+    monkeypatch.setattr(seam, "Chain", lambda *_: argparse.Namespace(forward=None, both=None))
+    monkeypatch.setattr(seam, "kernel_time", lambda call: (1.0, 5))
+
+    def measure(call):
+        median = next(medians)
+        return {"median": median, "low": median - 1, "high": median + 1}, "graph"
+
+    monkeypatch.setattr(seam, "measure", measure)
+    row = seam.time_peer(None, Size(10, 10, 4, torch.bfloat16), CPU)
+    assert row["forward us"] == (20 - 10) / 2 and row["both us"] == (60 - 30) / 2
+    assert row["forward spread us"] == 1.0

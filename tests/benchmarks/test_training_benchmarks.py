@@ -12,6 +12,7 @@ from training_models import Block, Experts, grouped_product, make_shape, small, 
 from training_steps import VERSIONS, check
 
 CPU = torch.device("cpu")
+EAGER = {"mhc, eager": VERSIONS["mhc, eager"]}
 TINY = ["--device", "cpu", "--channels", "32", "--length", "16", "--batch", "1"]
 PARTS = {"eager", "why", "loss", "weights", "connections"}
 
@@ -75,7 +76,7 @@ def test_sizes_of_the_models(kind, billions):
 
 
 def test_eager_equals_float64():
-    found = check(make_shape("moe", 2560, 1, 16, 1), ["mhc, eager"], 2, CPU, torch.float32)
+    found = check(make_shape("moe", 2560, 1, 16, 1), EAGER, 2, CPU, torch.float32)
     assert set(found) == {"mhc, eager"} and set(found["mhc, eager"]) == PARTS
     assert found["mhc, eager"]["why"] == ""
 
@@ -94,14 +95,14 @@ def test_errors_beyond_rounding_are_wrong(monkeypatch):
     monkeypatch.setattr(training_steps, "compiled", lambda model, version: lambda *batch: (
         1.1 * model(*batch)
     ))  # fmt: skip
-    found = check(make_shape("dense", 2048, 1, 16, 1), ["mhc, eager"], 2, CPU, torch.float32)
+    found = check(make_shape("dense", 2048, 1, 16, 1), EAGER, 2, CPU, torch.float32)
     assert "loss is off by 1.0e-01, weights is off by" in found["mhc, eager"]["why"]
 
     def fails(model, version):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(training_steps, "compiled", fails)
-    found = check(make_shape("dense", 2048, 1, 16, 1), ["mhc, eager"], 2, CPU, torch.float32)
+    found = check(make_shape("dense", 2048, 1, 16, 1), EAGER, 2, CPU, torch.float32)
     assert found["mhc, eager"]["why"] == "failed: RuntimeError: no compiler"
 
 
@@ -127,8 +128,20 @@ def test_a_used_up_budget_is_said(tmp_path):
 @pytest.mark.long
 def test_every_version_equals_float64():
     for dtype in (torch.float32, torch.bfloat16):
-        found = check(make_shape("dense", 2048, 1, 16, 1), list(VERSIONS), 4, CPU, dtype)
+        found = check(make_shape("dense", 2048, 1, 16, 1), VERSIONS, 4, CPU, dtype)
         assert set(found) == set(VERSIONS) and not any(row["why"] for row in found.values())
+
+
+def test_the_memory_of_wrong_plans_is_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        memory, "check", lambda shape, versions, *_: {plan: {"why": "wrong"} for plan in versions}
+    )
+    monkeypatch.setattr(memory, "Training", lambda *_: None)
+    path = tmp_path / "memory.json"
+    memory.main([*TINY, "--blocks", "2", "--streams", "4", "--plans", "off", "--json", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["recompute"] for row in rows] == ["plain", "off"]
+    assert all(row["status"] == "wrong" and "measured" not in row for row in rows)
 
 
 @pytest.mark.long
