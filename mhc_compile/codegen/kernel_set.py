@@ -42,7 +42,8 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
         found += [(op, {}) for op in ("mix", "project", "mix_backward")]
     if not seam_only:
         found += [("add_shares", {})]
-        found += [(op, {}) for op in ("gates", "pre", "spread", "read_backward")]
+        found += [("pre", norm) for norm in norms]
+        found += [(op, {}) for op in ("gates", "spread", "read_backward")]
         found += [("seam_once", norm) for norm in norms if whole]
     return sorted(found, key=lambda pair: OPS.index(pair[0]))
 

@@ -57,7 +57,8 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op in ("split_phi", "pad_phi"):
         return strips(1, 8192 // spec.columns, 8 if many or odd else 4)
     if spec.op == "mix":
-        return strips(2 if many else 4, 512)
+        by_two = many and not odd and not full  # warps
+        return strips(4, 256, 2) if by_two else strips(2 if many else 4, 512)
     if spec.op in ("pre", "spread"):
         return strips(4, 512)
     if spec.op == "pre_backward":
@@ -73,17 +74,18 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op == "mix_backward":
         return strips(2 if many else 4, 256)
     assert spec.op == "phi_backward"
-    width = (32 if full else 64) if many else 128
-    return Tile(32, _width(width, spec.streams * c), 1, 4, 3)
+    width = 32 if many and full else 128
+    return Tile(32, _width(width, spec.streams * c), 1, 4, 2 if many and not full else 3)
 
 
 def flat_tile(spec: KernelSpec) -> Tile | None:
     """The tile of a kernel's flat form; None if it has none."""
     fewest = 16 >> (spec.streams - 1).bit_length()  # tokens whose streams are 16 rows
+    odd, ragged = spec.channels % 8 != 0, spec.channels % 64 != 0
     shapes = {
         "project": (128, 64, 8, 3),
-        "read_backward": (64, 64, 8, 2),
-        "mix_backward": (max(4, fewest), 256, 4, 1),
+        "read_backward": (64, 64, 8 if ragged else 4, 2),  # masks need registers
+        "mix_backward": (max(4, fewest), 256, 4, 1) if odd else (max(8, fewest), 64, 4, 1),
     }
     if spec.op not in FLAT or spec.products not in ("split", "bf16") or spec.mix:
         return None

@@ -324,6 +324,14 @@ def test_identities_tell_plans_apart():
     assert len({str(identity(recompute=r)) for r in ("off", "paper", "timeline", 2, (2, 2))}) == 5
 
 
+@pytest.mark.parametrize("recompute", [3, "paper", "timeline", "off"])
+def test_without_tokens_nothing_is_planned(recompute):
+    model, x = Sublayers(L), torch.randn(2, 0, C)
+    grads = run(model, x, recompute, "aot_eager")
+    assert grads[1].shape == x.shape and not any(g.any() for g in grads)
+    assert last_record().choices == [] and not last_record().rebuilt and not last_record().notes
+
+
 def test_blocks_that_do_not_fit():
     model, x = Sublayers(4), torch.randn(2, 5, C)
     with pytest.raises(Exception, match="must sum to layers=4, got 5"):
