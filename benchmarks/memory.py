@@ -60,7 +60,10 @@ def measure_all(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for streams in dict.fromkeys(n for n, _ in wanted):
         plans = {plan: _version(plan, 2) for n, plan in wanted if n == streams}
-        checked = check(shape, plans, streams, device, torch.float32)
+        try:
+            checked = check(shape, plans, streams, device, torch.float32)
+        except Exception as error:  # of the whole model; other numbers of streams may do
+            checked = {plan: {"why": failure(error)} for plan in plans}
         training = Training(shape, "plain" if streams == 1 else "mhc", streams, device)
         for plan in (plan for n, plan in wanted if n == streams):
             name = {"streams": streams, "recompute": plan}
@@ -70,7 +73,7 @@ def measure_all(args: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
                     row = measure(training, _version(plan, shape.blocks), args.repeats)
             except Exception as error:  # the others' results are worth having
                 row = {"status": failure(error)}
-            rows.append(name | row)
+            rows.append(name | row | {"checked": checked[plan]})
             print(f"n = {streams}, {plan}: {rows[-1]['status']}", flush=True)
             write_json(args, {"rows": rows})
         del training

@@ -49,8 +49,9 @@ class Recompute(ChainedPass):
         if self.options.plan == "off" or not self.options.fuse or not self.record.operators:
             return
         start = time.perf_counter()
-        chains = find_chains(graph) if has_backward(graph) else []
-        if any(not outline(seams).unit for seams in chains):  # without tokens nothing is kept
+        found = find_chains(graph) if has_backward(graph) else []
+        chains = _with_tokens(found)
+        if found and not chains:  # nothing is kept
             return
         self.products = _count_products(graph)
         if chains:
@@ -72,7 +73,8 @@ class Recompute(ChainedPass):
         self.record.choices += self.chosen
 
     def _measure(self, forward: Graph) -> list[Sizes]:
-        return [measure_sublayers(seams, self.weights) for seams in find_chains(forward)]
+        chains = _with_tokens(find_chains(forward))
+        return [measure_sublayers(seams, self.weights) for seams in chains]
 
     @property
     def _fused(self) -> bool:
@@ -128,6 +130,10 @@ class Recompute(ChainedPass):
             "backend/measure_sublayers.py", "backend/recompute*.py", "scheduler/*.py"
         )
         return sources, self.options.plan, self.options.memory_budget
+
+
+def _with_tokens(chains: Sequence[Chain]) -> list[Chain]:
+    return [seams for seams in chains if outline(seams).unit]
 
 
 def _count_products(graph: Graph) -> int:

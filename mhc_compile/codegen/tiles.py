@@ -57,8 +57,9 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
     if spec.op in ("split_phi", "pad_phi"):
         return strips(1, 8192 // spec.columns, 8 if many or odd else 4)
     if spec.op == "mix":
-        by_two = many and not odd and not full  # warps
-        return strips(4, 256, 2) if by_two else strips(2 if many else 4, 512)
+        if many and not odd and not full:
+            return strips(4, 256, 2)
+        return strips(2 if many else 4, 512)
     if spec.op in ("pre", "spread"):
         return strips(4, 512)
     if spec.op == "pre_backward":

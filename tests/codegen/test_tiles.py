@@ -55,6 +55,29 @@ def test_everything_is_covered(n, dtype):
             assert parameters(text)
 
 
+def test_defaults_of_eight_streams():
+    """Measured with bf16; with masks or rows that begin anywhere they would spill."""
+
+    def shapes(channels, dtype="bf16"):
+        specs = kernel_set(8, channels, dtype)
+        return {
+            spec.op: (spec.tile.tokens, spec.tile.width, spec.tile.warps, spec.tile.stages)
+            for spec in specs if spec.op in ("mix", "mix_backward", "read_backward", "phi_backward")
+        }  # fmt: skip
+
+    measured = {
+        "mix": (4, 256, 2, 1), "mix_backward": (8, 64, 4, 1), "read_backward": (64, 64, 4, 2),
+        "phi_backward": (32, 128, 4, 2),
+    }  # fmt: skip
+    assert shapes(3072) == measured
+    assert shapes(1000) == measured | {"read_backward": (64, 64, 8, 2)}
+    odd = {"mix": (2, 512, 4, 1), "mix_backward": (4, 256, 4, 1), "read_backward": (64, 64, 8, 2)}
+    assert shapes(1001) == measured | odd
+    for dtype in ("fp16", "fp32"):
+        assert shapes(3072, dtype)["mix"] == (2, 512, 4, 1)
+        assert shapes(3072, dtype)["phi_backward"] == (32, 32, 4, 3)
+
+
 @pytest.mark.parametrize("n", (4, 5))
 def test_kernels_of_one_strip_have_no_loop(n):
     """Some templates work on `tile.width` channels a part and do not loop over more."""
