@@ -367,24 +367,28 @@ def test_what_only_the_rewrite_finds_out_is_listed_too():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_a_deep_model_takes_less_than_two_seconds(name):
+def test_a_deep_model_takes_seconds(name):
+    """1 to 3 s of a core for 24 layers, by the machine; on none may it grow faster than layers."""
     config = {"gpt2": ("n_layer", "h"), "bert": ("num_hidden_layers", "layer")}[name]
     kinds = {"gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel), "bert": (hf.BertConfig, hf.BertModel)}
     make_config, make = kinds[name]
     width = {"n_embd": 64, "n_head": 4} if name == "gpt2" else {
         "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}  # fmt: skip
-    model = make(make_config(vocab_size=97, **{config[0]: 24}, **width)).eval()
     inputs = {"input_ids": tokens()}
     mc.find_residuals(nn.Sequential(Block()), normal(1, 2, WIDTH))  # torch imports its compiler
-    spent = []
-    for _ in range(2):
-        start = time.process_time()
-        model(**inputs)
-        forward = time.process_time() - start
-        start = time.process_time()
-        assert len(mc.find_residuals(model, inputs)) == 48
-        spent.append(time.process_time() - start - 2 * forward)
-    assert min(spent) < 2, spent
+    spent = {}
+    for layers in (6, 24):
+        model = make(make_config(vocab_size=97, **{config[0]: layers}, **width)).eval()
+        times = []
+        for _ in range(2):
+            start = time.process_time()
+            model(**inputs)
+            forward = time.process_time() - start
+            start = time.process_time()
+            assert len(mc.find_residuals(model, inputs)) == 2 * layers
+            times.append(time.process_time() - start - 2 * forward)
+        spent[layers] = min(times)
+    assert spent[24] < 6 and spent[24] < 8 * spent[6], spent
 
 
 class TokenMixer(nn.Module):
