@@ -1,5 +1,6 @@
 """What counts as a residual add, to which block and stream it belongs, and what is left alone."""
 
+import gc
 import time
 
 import pytest
@@ -367,8 +368,8 @@ def test_what_only_the_rewrite_finds_out_is_listed_too():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_a_deep_model_takes_seconds(name):
-    """1 to 3 s of a core for 24 layers, by the machine; on none may it grow faster than layers."""
+def test_a_deep_model_takes_less_than_two_seconds(name):
+    """24 layers; nor may the time grow much faster than the number of layers."""
     config = {"gpt2": ("n_layer", "h"), "bert": ("num_hidden_layers", "layer")}[name]
     kinds = {"gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel), "bert": (hf.BertConfig, hf.BertModel)}
     make_config, make = kinds[name]
@@ -376,11 +377,13 @@ def test_a_deep_model_takes_seconds(name):
         "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}  # fmt: skip
     inputs = {"input_ids": tokens()}
     mc.find_residuals(nn.Sequential(Block()), normal(1, 2, WIDTH))  # torch imports its compiler
+    gc.collect()
+    gc.freeze()  # what other tests left is not looked through again and again
     spent = {}
     for layers in (6, 24):
         model = make(make_config(vocab_size=97, **{config[0]: layers}, **width)).eval()
         times = []
-        for _ in range(2):
+        for _ in range(5):
             start = time.process_time()
             model(**inputs)
             forward = time.process_time() - start
@@ -388,7 +391,8 @@ def test_a_deep_model_takes_seconds(name):
             assert len(mc.find_residuals(model, inputs)) == 2 * layers
             times.append(time.process_time() - start - 2 * forward)
         spent[layers] = min(times)
-    assert spent[24] < 6 and spent[24] < 8 * spent[6], spent
+    gc.unfreeze()
+    assert spent[24] < 2 and spent[24] < 8 * spent[6], spent
 
 
 class TokenMixer(nn.Module):
