@@ -80,8 +80,9 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[KernelSpec, int]]:
                 sizes = dict(tokens=tokens)
                 first = kernel_set(streams, hidden, args.dtype, seam_only=True, **sizes)
                 others = kernel_set(streams, hidden, args.dtype, **sizes) if args.all else ()
-                for spec in {spec.name: spec for spec in (*others, *first)}.values():
-                    if spec.op in GIVEN or spec.again:  # as without
+                tiled = (spec.tiled_as for spec in (*others, *first))
+                for spec in {spec.name: spec for spec in tiled}.values():
+                    if spec.op in GIVEN:
                         continue
                     if not args.kernels or spec.name in args.kernels or spec.op in args.kernels:
                         yield spec, tokens

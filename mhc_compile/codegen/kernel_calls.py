@@ -254,23 +254,28 @@ class KernelCalls:
     def pre_backward(
         self, x: Tensor, pre: Tensor, g: Tensor, weight: Tensor | None = None,
         shift: Tensor | None = None, norm: str = "none", eps: float = 0.0, again: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-        """Gradients of the norm's input and of pre `[n, tokens]`, h if `again`, the norm's shares.
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Sequence[Tensor | None]]:  # fmt: skip
+        """What is left of the norm's backward; `g` is the gradient of h.
 
-        `g` is the gradient of h.
+        Returns:
+            The gradient of pre `[n, tokens]`; that of the norm's input, or `g` where the next is
+            not None; numbers `[2 or 3, tokens]` with which "gates_backward" and "seam_backward"
+            make that gradient of `g`; h if `again`; shares of the gradients of weight and shift.
         """
         spec = self.spec("pre_backward", norm=norm, weight=weight is not None,
                          shift=shift is not None, again=again)  # fmt: skip
         g_pre, h = self.empty(self.n, self.tokens), torch.empty_like(g) if again else None
         if norm == "none":
-            self.run(spec, x, pre, None, g, None, g_pre, h, None, None, self.tokens, eps)
-            return g, g_pre, h, None, None
-        g_h = torch.empty_like(g)
+            self.run(spec, x, pre, None, g, None, None, g_pre, h, None, None, self.tokens, eps)
+            return g_pre, g, None, h, (None, None)
+        whole = fits_whole(spec)
+        g_h = None if whole else torch.empty_like(g)
+        norms = self.empty(spec.norm_numbers, self.tokens) if whole else None
         programs = self.count(spec, "programs")
         sums = [self.empty(programs, self.channels) if v is not None else None
                 for v in (weight, shift)]  # fmt: skip
-        self.run(spec, x, pre, weight, g, g_h, g_pre, h, *sums, self.tokens, eps)
-        return g_h, g_pre, h, sums[0], sums[1]
+        self.run(spec, x, pre, weight, g, g_h, norms, g_pre, h, *sums, self.tokens, eps)
+        return g_pre, g if g_h is None else g_h, norms, h, sums
 
     def spread(self, pre: Tensor, g_h: Tensor) -> Tensor:
         """The gradient of the streams that were read by the maps pre, `[tokens, n, C]`."""
@@ -280,38 +285,43 @@ class KernelCalls:
 
     def gates_backward(
         self, proj: Tensor, square: Tensor, alpha: Tensor, bias: Tensor, g_pre: Tensor,
-        g_post: Tensor, g_res: Tensor, mixed: Sequence[Tensor] = (),
+        g_post: Tensor, g_res: Tensor, mixed: Sequence[Tensor | None] = (), norm: str = "none",
+        norms: Tensor | None = None,
     ) -> tuple[Pair, Tensor, Tensor]:  # fmt: skip
         """The pair dh `[tokens, columns]`, scale `[tokens]`, shares of the gates' parameters'.
 
         `g_pre: [terms, n, tokens]` is summed over its terms. With `mixed`, the maps res, post and
-        pre of a seam, there is in place of scale `[tokens, columns]`: these maps and scale.
+        pre of a seam, and the numbers of its norm, there is in place of scale
+        `[tokens, token_maps]`: what "seam_backward" takes.
         """
         spec = self.spec("gates_backward", tile=self.given("parts", g_pre.shape[0]),
-                         mix=bool(mixed))  # fmt: skip
+                         mix=bool(mixed), norm=norm)  # fmt: skip
         high = self.empty(self.tokens, spec.columns, dtype=operand_dtype(spec))
         low = torch.empty_like(high) if spec.products == "split" else None
-        own = self.empty(self.tokens, *[spec.columns] * spec.mix)
+        own = self.empty(self.tokens, *[spec.token_maps] * spec.mix)
         outs = (None, own) if mixed else (own, None)
         sums = self.empty(self.count(spec, "tiles"), self.maps + 3)
-        self.run(spec, proj, square, *_plain(alpha, bias), g_pre, g_post, g_res,
-                 *(mixed or (None, None, None)), high, low, *outs, sums, self.tokens)  # fmt: skip
+        mixed = mixed or (None, None, None)
+        self.run(spec, proj, square, *_plain(alpha, bias), g_pre, g_post, g_res, *mixed, norms,
+                 high, low, *outs, sums, self.tokens)  # fmt: skip
         return (high, low), own, sums
 
     def seam_backward(
-        self, x: Tensor, f: Tensor, g_y: Tensor, g_h: Tensor, maps: Tensor, phi: Tensor, dh: Pair,
+        self, x: Tensor, f: Tensor, g_y: Tensor, g: Tensor, maps: Tensor, phi: Tensor, dh: Pair,
+        norm: str = "none", weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """g_x, g_f and parts of the gradients of res and post, `[parts, n*n + n, tokens]`.
+        """g_x, g_f and parts of the gradients of res and post, `[dots, n*n + n, tokens]`.
 
-        `maps` are those of `gates_backward`.
+        `maps` are those of `gates_backward`; `g` is the gradient of what the norm returns, or,
+        without a norm, of what was read.
         """
-        spec = self.spec("seam_backward")
+        spec = self.spec("seam_backward", norm=norm, weight=weight is not None)
         g_x, g_f = torch.empty_like(x), torch.empty_like(f)
-        dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
+        dots = self.empty(spec.dots, self.n * (self.n + 1), self.tokens)
         workers = self.count(spec, "workers")
         products = self.empty(workers, self.n, spec.tile.tokens, spec.tile.width, dtype=self.dtype)
         compiled = self.run(
-            spec, x, f, g_y, g_h, maps, phi, *dh, g_x, g_f, dots, products,
+            spec, x, f, g_y, g, weight, maps, phi, *dh, g_x, g_f, dots, products,
             self.tokens, programs=workers,
         )  # fmt: skip
         if compiled is not None:

@@ -26,13 +26,15 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
         (op, {}) for op in ("split_phi", "pad_phi", "phi_backward")
     ]
     if whole:
-        found += [("gates_backward", {"mix": True})]
+        kinds = dict.fromkeys(norm.get("norm", "none") for norm in norms)
+        found += [("gates_backward", {"mix": True, "norm": kind}) for kind in kinds]
     if not (whole and seam_only):
         found += [("gates_backward", {})]
     found += [(op, norm) for op in ("read", "pre_backward") for norm in norms]
     if whole:
-        found += [("project", {"mix": True}), ("seam_backward", {})]
-        plain = (norm for norm in norms if not norm.get("shift"))
+        # A shift is nothing to seam_backward, and with one h is not made again.
+        plain = [norm for norm in norms if not norm.get("shift")]
+        found += [("project", {"mix": True}), *(("seam_backward", norm) for norm in plain)]
         found += [("pre_backward", norm | {"again": True}) for norm in plain]
     else:
         found += [("read_backward", {"carry": True})]
@@ -91,11 +93,12 @@ def kernel_set(
         specs.append(replace(spec, tile=choose_tile(spec, tokens)))
     # What some add up are the parts of the kernels before.
     tiles = {spec.op: spec.tile for spec in specs}
-    products, dots = tiles["project"], tiles.get("seam_backward") or tiles["mix_backward"]
+    products, last = tiles["project"], "seam_backward" if fits_whole(base) else "mix_backward"
+    (dots,) = {spec.dots for spec in specs if spec.op == last}
     given: dict[str, dict[str, Any]] = {
         "gates": {"parts": products.parts},
         "read": {"shares": products.parts},
-        "add_shares": {"parts": dots.parts, "tokens": tiles["gates_backward"].tokens},
+        "add_shares": {"parts": dots, "tokens": tiles["gates_backward"].tokens},
     }
     return tuple(
         replace(spec, tile=replace(spec.tile, **given[spec.op])) if spec.op in given else spec

@@ -52,7 +52,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     """Gradients by `(x, pre)`."""
     call = _calls(x)
     maps, gradient = call.by_component(pre, call.n), call.single(g_h)
-    _, g_pre, *_ = call.pre_backward(call.streams(x), maps, gradient)
+    g_pre, *_ = call.pre_backward(call.streams(x), maps, gradient)
     g_x = call.spread(maps, gradient).view(x.shape)
     return g_x, call.by_token(g_pre.to(pre.dtype), call.n)
 
@@ -109,7 +109,7 @@ def read_backward(
         gradient = torch.zeros(call.tokens, call.channels, dtype=x.dtype, device=x.device)
     else:
         maps, gradient = call.by_component(pre, call.n), call.single(g_h)
-        terms.append(call.pre_backward(streams, maps, gradient)[1])
+        terms.append(call.pre_backward(streams, maps, gradient)[0])
     dh, scale, sums = _gates_backward(call, (alpha, bias), proj, square, terms, g_post, g_res)
     shares = call.phi_backward(streams, dh) if need_phi else None
     g_x = call.read_backward(streams, None, maps, gradient, call.pad_phi(phi), dh, scale)
@@ -149,25 +149,28 @@ def seam_backward(
     maps = call.by_component(pre_next, call.n)
     terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]
     affine: Sequence[Tensor | None] = (None, None)
+    norms = None
     whole, norm_of_h, h = fits_whole(call.base), (weight, shift, norm, norm_eps), None
     at_once = need_h and whole and shift is None  # for more memory does not suffice on every GPU
     if g_h is None:
         gradient = torch.zeros_like(mixed[1])
     else:
-        gradient, term, h, *affine = call.pre_backward(
+        term, gradient, norms, h, affine = call.pre_backward(
             flat_y, maps, call.single(g_h), *norm_of_h, at_once
         )
         terms.append(term)
     if need_h and h is None:
         h = call.pre(flat_y, maps, *norm_of_h)
+    left = "none" if norms is None else norm  # for seam_backward to do
     dh, own, sums = _gates_backward(
         call, (alpha, bias), proj, square, terms, g_post, g_res,
-        (mixed[3], mixed[2], maps) if whole else (),
+        (mixed[3], mixed[2], maps) if whole else (), left, norms,
     )  # fmt: skip
     shares = call.phi_backward(flat_y, dh) if need_phi else None
     padded = call.pad_phi(phi)
     if whole:
-        g_x, g_f, dots = call.seam_backward(*mixed[:2], flat_g, gradient, own, padded, dh)
+        normed = left, None if norms is None else weight
+        g_x, g_f, dots = call.seam_backward(*mixed[:2], flat_g, gradient, own, padded, dh, *normed)
     else:
         flat_g = call.read_backward(flat_y, flat_g, maps, gradient, padded, dh, own)
         g_x, g_f, dots = call.mix_backward(*mixed, flat_g)
@@ -228,13 +231,13 @@ def _outputs(call: KernelCalls, gates: tuple[Tensor, ...]) -> Results:
 def _gates_backward(
     call: KernelCalls, parameters: tuple[Tensor, Tensor], proj: Tensor, square: Tensor,
     terms: list[Tensor], g_post: Tensor | None, g_res: Tensor | None,
-    mixed: Sequence[Tensor] = (),
+    mixed: Sequence[Tensor] = (), norm: str = "none", norms: Tensor | None = None,
 ) -> tuple[Pair, Tensor, Tensor]:  # fmt: skip
     """As `KernelCalls.gates_backward`; pre's gradient is the sum of `terms`."""
     terms = terms or [call.by_component(None, call.n)]
     g_pre = terms[0].unsqueeze(0) if len(terms) == 1 else torch.stack(terms)
     maps = call.by_component(g_post, call.n), call.by_component(g_res, call.n, call.n)
-    return call.gates_backward(proj, square, *parameters, g_pre, *maps, mixed)
+    return call.gates_backward(proj, square, *parameters, g_pre, *maps, mixed, norm, norms)
 
 
 def _check_norm(norm: str) -> None:

@@ -10,6 +10,7 @@ import jinja2
 from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.sinkhorn_plan import sinkhorn_plan
 from mhc_compile.codegen.spec import DTYPES, KernelSpec
+from mhc_compile.codegen.tiles import fits_whole
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def render(spec: KernelSpec) -> str:
         streams=range(spec.streams), rule=spec.rule, plan=plan,
         log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
         LEVELS=levels, DOTS=1 << levels, PIECES=spec.pieces,
-        FUNCTION=spec.function, shares=shares_of(spec),
+        FUNCTION=spec.function, shares=shares_of(spec), whole=fits_whole(spec),
         NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip
     return re.sub(r"\n(?:[ ]*\n)+(?=    )", "\n", text).rstrip() + "\n"  # macros leave empty lines

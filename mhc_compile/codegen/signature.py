@@ -80,11 +80,12 @@ _FLOATS: dict[str, Callable[[KernelSpec], Dims]] = {
     "proj": lambda s: (s.maps, "tokens"),
     "square": lambda s: ("tokens",),
     "scale": lambda s: ("tokens",),
-    "maps": lambda s: ("tokens", s.columns),
+    "maps": lambda s: ("tokens", s.token_maps),
+    "norms": lambda s: (s.norm_numbers, "tokens"),
     "pre": lambda s: (s.streams, "tokens"),
     "post": lambda s: (s.streams, "tokens"),
     "res": lambda s: (s.streams, s.streams, "tokens"),
-    "dots": lambda s: (s.tile.parts, s.streams * (s.streams + 1), "tokens"),
+    "dots": lambda s: (s.dots, s.streams * (s.streams + 1), "tokens"),
     "sums": lambda s: ("tiles", s.maps + 3),
     "phi_shares": lambda s: ("groups", s.streams, s.channels, s.maps),
     "weight_shares": lambda s: ("programs", s.channels),
@@ -169,7 +170,7 @@ def counts(spec: KernelSpec, tokens: int) -> dict[str, int]:
         "tiles": tiles,
         "programs": min(tokens, 2 * multiprocessors()),
         "groups": max(1, min(_GROUPS, math.ceil(tokens / _GROUP_TOKENS))),
-        "workers": min(tiles * spec.tile.parts, residents * multiprocessors()),
+        "workers": min(tiles * spec.dots, residents * multiprocessors()),
         "launch": 1,
     }
 

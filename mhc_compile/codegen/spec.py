@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mhc_compile.conventions import Convention
@@ -33,12 +33,14 @@ class Tile:
     Attributes:
         tokens: tokens a program works on at a time, a power of two.
         width: channels a program works on at a time, a power of two.
-        parts: programs that share the channels of one token tile.
+        parts: in how many parts programs share the channels of one token tile.
         warps: warps of a program.
         stages: depth of the software pipeline.
         inner: channels of one matrix product, a power of two.
         shares: in how many parts products come to "read" from the kernel before.
         gated: tokens of a program of "read" that computes gates, a power of two.
+        joined: parts that a program of "seam_backward" takes one after another, whose sums over
+            channels it adds up.
         registers: most registers of a thread on NVIDIA's GPUs, a multiple of 8, so that more
             programs fit; 0 is as many as Triton comes to.
         flat: the code has one loop over all streams, or one product of them, instead of a copy for
@@ -53,6 +55,7 @@ class Tile:
     inner: int = 64
     shares: int = 1
     gated: int = 1
+    joined: int = 1
     registers: int = 0
     flat: bool = False
 
@@ -76,7 +79,8 @@ class KernelSpec:
             "add_shares").
         carry: a gradient of the streams is added ("read_backward").
         norm: the norm of the next sublayer, done with the read ("pre", "read", "pre_backward",
-            "seam_once", "add_shares").
+            "seam_once", "add_shares"), or whose gradient enters ("gates_backward", "seam_backward",
+            with the tile of without).
         weight: that norm has a weight.
         shift: that norm has a shift.
         again: h is computed too ("pre_backward" without shift), with the tile of without.
@@ -142,6 +146,13 @@ class KernelSpec:
         affine = [flag for flag in ("weight", "shift") if norm and getattr(self, flag)]
         return "_".join([self.op, *flags, *norm, *affine])
 
+    @property
+    def tiled_as(self) -> KernelSpec:
+        """The kernel whose measured tile this one runs with: most often itself."""
+        if self.op in ("seam_backward", "gates_backward"):
+            return replace(self, norm="none", weight=False)
+        return replace(self, again=False) if self.again else self
+
     @staticmethod
     def fields_of(name: str) -> dict[str, Any]:
         """The operation and the variant that a `name` stands for, as fields."""
@@ -154,6 +165,16 @@ class KernelSpec:
             if len(norm) < 2 and len(norm) + len(known) == len(flags):
                 return {"op": op, "norm": norm[0] if norm else "none", **dict.fromkeys(known, True)}
         raise MHCError(f"there is no kernel {name!r}: the operations are {', '.join(OPS)}")
+
+    @property
+    def norm_numbers(self) -> int:
+        """Numbers of a token that a norm's backward leaves for "gates_backward"."""
+        return {"none": 0, "rms": 2, "layer": 3}[self.norm]
+
+    @property
+    def token_maps(self) -> int:
+        """Numbers of a token that "gates_backward" leaves for "seam_backward", a multiple of 4."""
+        return -(-(self.maps + 2 + self.streams * (self.streams + 1)) // 4) * 4
 
     @property
     def maps(self) -> int:
@@ -180,6 +201,11 @@ class KernelSpec:
     def span(self) -> int:
         """Channels that one of `tile.parts` programs works on, a multiple of `tile.width`."""
         return math.ceil(self.channels / (self.tile.parts * self.tile.width)) * self.tile.width
+
+    @property
+    def dots(self) -> int:
+        """In how many parts sums over channels are left by a backward."""
+        return self.tile.parts // self.tile.joined
 
     @property
     def ragged(self) -> bool:

@@ -18,7 +18,7 @@ PRODUCTS = ("project", "seam_backward", "read_backward", "phi_backward")
 
 
 def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
-    """The tile of a kernel; `tokens` may matter by its order of magnitude, today it does not.
+    """The tile of a kernel; `tokens` matters by its order of magnitude.
 
     Registers decide: more than 4 streams, and rows of channels that do not begin at multiples of
     16 bytes and are loaded number by number, take smaller tiles or more warps for the same tile.
@@ -45,7 +45,7 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         tile = _norm(replace(spec, op="pre"))
         gated = (4 if spec.streams > 4 else 8) * tile.warps
         return replace(tile, shares=spec.tile.shares, gated=gated)
-    if spec.norm != "none":
+    if spec.norm != "none" and spec.op in WHOLE_ROWS:
         return _norm(spec)
     c, many, odd = spec.channels, spec.streams > 4, spec.channels % 8 != 0
     full = spec.products not in ("split", "bf16")  # products of float32 numbers
@@ -68,7 +68,10 @@ def choose_tile(spec: KernelSpec, tokens: int) -> Tile:
         inner = 128 if spec.streams > 2 else 64
         if full:
             return strips(16 if spec.streams == 3 else 32, 128, 8, 2, inner)
-        return strips(16, 128, 4, 3, inner)
+        tile = strips(16, 128, 8 if odd and spec.streams == 4 else 4, 3, inner)
+        # What that saves is "add_shares", which reads half; few tokens need all programs.
+        joined = tokens >= 2048 and spec.streams == 4 and tile.parts >= 32 and tile.parts % 2 == 0
+        return replace(tile, joined=2 if joined else 1)
     if spec.op == "read_backward":
         warps = 8 if many else 2 if odd else 1
         return Tile(16, _width(32, c), math.ceil(c / 128), warps, 1 if many else 2)
@@ -154,6 +157,10 @@ def tile_fault(spec: KernelSpec) -> str:
         return "it takes up to 32 warps and 1 to 8 stages"
     if min(tile.parts, tile.shares) < 1:
         return "it takes at least 1 part and share"
+    if tile.joined != 1 and (
+        spec.op != "seam_backward" or tile.joined < 1 or tile.parts % tile.joined
+    ):
+        return f"{tile.parts} parts of {spec.op} cannot be joined by {tile.joined}"
     if tile.tokens * tile.width > 2**20:
         return "a tile has at most 2**20 elements"
     if tile.flat and not flat_tile(spec):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from tabulate import tabulate
 from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.signature import Argument, arguments, counts
 from mhc_compile.codegen.spec import KernelSpec
+from mhc_compile.codegen.tiles import fits_whole
 from mhc_compile.errors import MHCError
 
 
@@ -62,15 +62,16 @@ def _used(spec: KernelSpec) -> tuple[str, str]:
         if not normed:
             return "x g_out" + (" pre" if h else ""), f"g_pre{h}"
         sums = (" weight_shares" if weight else "") + (" shift_shares" if shift else "")
-        return f"x pre g_out{weight}", f"g_h g_pre{h}{sums}"
+        return f"x pre g_out{weight}", f"{'norms' if fits_whole(spec) else 'g_h'} g_pre{h}{sums}"
     if spec.op == "spread":
         return "pre g_h", "g_x"
     if spec.op == "gates_backward":
         mixed, own = (" res post pre", "maps") if spec.mix else ("", "scale")
+        mixed += " norms" if normed else ""
         return f"proj square alpha bias g_pre g_post g_res{mixed}", f"high{low} {own} sums"
     if spec.op == "seam_backward":
         low = " dh_low" if split else ""
-        return f"x f g_y g_h maps phi_high dh_high{low}", "g_x g_f dots"
+        return f"x f g_y g_out{weight} maps phi_high dh_high{low}", "g_x g_f dots"
     if spec.op == "read_backward":
         more = (" dh_low" if split else "") + (" g_y" if spec.carry else "")
         return f"y pre g_h scale phi_high dh_high{more}", "g"
@@ -98,8 +99,6 @@ def _sides(spec: KernelSpec) -> Iterator[list[Argument]]:
 def _slice_bytes(spec: KernelSpec, argument: Argument) -> int:
     """Bytes that a kernel moves of one slice; the padding of phi's columns may stay where it is."""
     columns = spec.columns
-    if spec.op == "seam_backward" and argument.name == "maps":
-        return 16 * math.ceil((spec.maps + 1) / 4)  # by fours
     if spec.op == "project" and spec.mix:
         columns = spec.maps
     elif spec.tile.flat or spec.op == "phi_backward":

@@ -112,7 +112,7 @@ def _fitted(spec: KernelSpec, tile: Tile) -> Tile:
     if spec.op in ("mix", "mix_backward", "seam_backward") or (
         spec.op == "pre" and spec.norm == "none"
     ):
-        return replace(tile, parts=strips)
+        return replace(tile, parts=strips, joined=tile.joined if strips % tile.joined == 0 else 1)
     return tile
 
 

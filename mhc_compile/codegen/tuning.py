@@ -98,7 +98,8 @@ def tile_for(spec: KernelSpec, tokens: int, tuning: Tuning) -> Tile:
     Raises:
         MHCError: a table is damaged.
     """
-    spec = replace(spec, tile=choose_tile(spec, tokens), again=False)
+    spec = spec.tiled_as
+    spec = replace(spec, tile=choose_tile(spec, tokens))
     if tuning.mode == "off" or not tokens or spec.op in GIVEN:
         return spec.tile
     with _lock:

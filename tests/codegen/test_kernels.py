@@ -211,6 +211,45 @@ def test_a_backward_makes_h_that_has_no_gradient(device):
     assert error(h, of_the_seam) <= torch.finfo(BF16).eps
 
 
+def test_joined_parts_give_what_parts_give(device, monkeypatch):
+    """Six parts of three tiles, joined by two: nine units of work for two programs."""
+    case = Case("seam", 3, 700, 40, BF16, norm="rms", apart=True)
+    p, choose, joined = inputs_of(case, device), module.tile_for, []
+    monkeypatch.setattr(signature, "multiprocessors", lambda: 1)
+
+    def tile_for(spec, *rest):
+        tile = choose(spec, *rest)
+        if spec.op != "seam_backward":
+            return tile
+        joined.append(tile.parts)
+        return replace(tile, joined=2)
+
+    module.kernel_calls.cache_clear()
+    given = cotangents(case, run(case, p))
+    apart = gradients(run(case, p), p, given)
+    monkeypatch.setattr(module, "tile_for", tile_for)
+    module.kernel_calls.cache_clear()
+    together = gradients(run(case, p), p, given)
+    module.kernel_calls.cache_clear()
+    assert joined == [6]
+    assert all(error(together[name], apart[name]) <= 1e-6 for name in p)
+
+
+@pytest.mark.parametrize("norm", ("rms", "layer weight"))
+def test_a_norm_whose_weight_has_another_dtype(norm, device):
+    """A model in float32 under autocast, or a norm that is kept in float32."""
+    case = Case("seam", 4, 72, 21, BF16, norm=norm, apart=True)
+    p = inputs_of(case, device)
+    wide = p | {"norm weight": p["norm weight"].detach().float().requires_grad_()}
+    results = [run(case, values) for values in (p, wide)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    given = cotangents(case, results[0])
+    narrow, full = (gradients(out, values, given)
+                    for out, values in zip(results, (p, wide), strict=True))  # fmt: skip
+    assert full["norm weight"].dtype == torch.float32
+    assert all(error(full[name].to(narrow[name].dtype), narrow[name]) <= 1e-6 for name in narrow)
+
+
 def test_a_launch_finds_the_kernel_of_the_one_before(monkeypatch):
     """Unless Triton would compile another: for other dtypes, alignment, numbers, programs."""
     searched, launched = [], []

@@ -12,7 +12,7 @@ from mhc_compile.codegen.render import render
 from mhc_compile.codegen.shares import shares_of
 from mhc_compile.codegen.signature import counts, grid, group_tokens, parameters
 from mhc_compile.codegen.spec import DTYPES, GATED
-from mhc_compile.codegen.tiles import GIVEN
+from mhc_compile.codegen.tiles import GIVEN, WHOLE_ROWS
 
 TOKENS = (1, 100, 8192)
 
@@ -26,7 +26,7 @@ def covered_channels(spec):
         return grid(spec, 1)[0] * tile.width // spec.streams
     if spec.op.startswith("gates") or spec.op in GIVEN:
         return spec.channels
-    if spec.norm != "none" and spec.op != "seam_once":
+    if spec.norm != "none" and spec.op in WHOLE_ROWS:
         return tile.width
     return spec.span * (1 if spec.op == "pre_backward" else tile.parts)
 
@@ -102,10 +102,11 @@ def test_all_shares_are_added(n):
     for channels in (1, 1000, 4096):
         specs = kernel_set(n, channels)
         tiles = {spec.op: spec.tile for spec in specs}
-        last = tiles.get("seam_backward", tiles["mix_backward"])
+        dots = {spec.op: spec.dots for spec in specs}
+        last = dots.get("seam_backward", dots["mix_backward"])
         for spec in (spec for spec in specs if spec.op == "add_shares"):
             assert spec.tile.tokens == tiles["gates_backward"].tokens
-            assert spec.tile.parts == last.parts
+            assert spec.tile.parts == last
             for tokens in TOKENS:
                 count = counts(spec, tokens)
                 sizes = [(part, part.size * (tokens if part.by_token else 1))
@@ -160,4 +161,4 @@ def test_programs_that_fit_a_multiprocessor(registers, shared, warps, fit, monke
     assert signature.grid(spec, 8192) == (20,)
     signature.learn_residents(spec, compiled)
     assert signature.grid(spec, 8192) == (10 * fit,)
-    assert signature.grid(spec, 1) == (min(10 * fit, spec.tile.parts),)
+    assert signature.grid(spec, 1) == (min(10 * fit, spec.dots),)

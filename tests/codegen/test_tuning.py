@@ -139,6 +139,23 @@ def test_most_registers_are_for_nvidia_alone():
     assert Tile(16, 128, 32, 4, 1, registers=168) in neighbours(spec)
 
 
+def test_parts_are_joined_where_they_are_a_multiple():
+    chosen = [
+        choose_tile(KernelSpec("seam_backward", n, channels, "bf16", Tile(1)), tokens).joined
+        for n, channels, tokens in (
+            (4, 4096, 8192), (4, 4096, 1000), (4, 2560, 8192), (4, 4224, 8192), (2, 4096, 8192),
+        )
+    ]  # fmt: skip
+    assert chosen == [2, 1, 1, 1, 1]
+    even = KernelSpec("seam_backward", 4, 4096, "bf16", Tile(16, 128, 32))
+    odd = KernelSpec("seam_backward", 4, 1920, "bf16", Tile(16, 128, 15))
+    assert all(tile.joined == 1 for tile in neighbours(odd))
+    halved = neighbours(replace(even, tile=replace(even.tile, joined=2)))
+    assert all(tile.parts % tile.joined == 0 for tile in halved)
+    assert "joined" in tile_fault(replace(odd, tile=replace(odd.tile, joined=2)))
+    assert "joined" in tile_fault(replace(MIX, tile=replace(MIX.tile, joined=2)))
+
+
 def test_names_say_which_kernel():
     for n in (4, 8):
         for spec in kernel_set(n, 64):
@@ -175,6 +192,21 @@ def test_h_made_again_takes_the_tile_that_is_best_without(own_state):
     again = pick("pre_backward_again_rms_weight")
     assert again == replace(plain, again=True)
     assert tuning.tile_for(again, 8192, ON_H100) == tuning.tile_for(plain, 8192, ON_H100) == best
+
+
+@pytest.mark.parametrize(
+    ("measured", "norms"),
+    [("seam_backward", ("rms_weight", "layer")), ("gates_backward_mix", ("rms", "layer"))],
+)
+def test_a_backward_with_a_norm_takes_the_tile_that_is_best_without(measured, norms, own_state):
+    plain = pick(measured)
+    best = replace(plain.tile, tokens=2 * plain.tile.tokens)
+    own_state.mkdir(mode=0o700)
+    TileTable([entry(kernel=measured, tile=best)]).write(own_state / "tiles.json")
+    for norm in norms:
+        normed = pick(f"{measured}_{norm}")
+        assert normed.tile == plain.tile and normed.tiled_as == plain
+        assert tuning.tile_for(normed, 8192, ON_H100) == best
 
 
 def test_a_damaged_table_is_said_where_a_kernel_needs_it(own_state):
