@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from mhc_compile.runtime.precision import autocast_off
 
 KEPT = ("maps", "maps_backward")
 """The operators that stay as they are."""
+PLAIN = ("expand_backward",)
+"""Those for which there is no generated kernel: Inductor adds up the streams with what it adds to
+them before, where a stream's first read and first seam meet."""
 _SOURCES = (
     "backend/lower_operators.py", "backend/formulas.py", "backend/graph_nodes.py",
     "map_layout.py", "runtime/op_shapes.py", "runtime/ops.py", "runtime/fused_norm.py",
@@ -35,8 +38,9 @@ _SOURCES = (
 class LowerOperators(ChainedPass):
     """The pass as Inductor runs it.
 
-    Where generated kernels run the operators, it lowers none (`lower`). In any case `first` gets
-    the graph, and may change it. What lowering takes is added to `seconds`.
+    Where generated kernels run the operators, it lowers the `PLAIN` ones alone (`lower` is false).
+    In any case `first` gets the graph, and may change it. What lowering takes is added to
+    `seconds`.
     """
 
     def __init__(
@@ -46,29 +50,30 @@ class LowerOperators(ChainedPass):
         self.lower, self.first, self.seconds = lower, first, seconds
 
     def change(self, graph: Graph) -> None:
-        """Lowers every operator of a forward or backward graph, in place."""
+        """Lowers the operators of a forward or backward graph, in place."""
         self.first(graph)
-        if self.lower:
-            start = time.perf_counter()
-            lower_operators(graph, inductor_decompositions())
-            taken = time.perf_counter() - start
-            self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
+        start = time.perf_counter()
+        lower_operators(graph, inductor_decompositions(), None if self.lower else PLAIN)
+        taken = time.perf_counter() - start
+        self.seconds["lower_operators"] = self.seconds.get("lower_operators", 0.0) + taken
 
     def identity(self) -> Any:
         """The formulas, and what the operators return."""
         return hash_of_sources(*_SOURCES), self.lower
 
 
-def lower_operators(graph: Graph, decompositions: Any = None) -> None:
+def lower_operators(
+    graph: Graph, decompositions: Any = None, only: Collection[str] | None = None
+) -> None:
     """Replaces each call of an mhc operator by the calls of its formula.
 
     Equal calls, as those of the blocks of a model, are traced once. `decompositions` tells which
-    ATen operators are written out further.
+    ATen operators are written out further, `only` which of mhc are; None is for all.
     """
     traced: dict[Hashable, GraphModule] = {}
     for node in list(graph.nodes):
         name = mhc_op(node)
-        if name is None or name in KEPT:
+        if name is None or name in KEPT or (only is not None and name not in only):
             continue
         args = arguments(node)
         key = name, tuple(_key_of(arg) for arg in args)

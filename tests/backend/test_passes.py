@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile as mc
-from mhc_compile.backend import mhc
+from mhc_compile.backend import lowerings, mhc
+from mhc_compile.backend.graph_nodes import mhc_op
 from mhc_compile.backend.records import last_record
 
 C, N = 12, 3
@@ -108,6 +109,26 @@ def test_passes_of_the_user_run_too(several):
     settings = {key: setting(name) for key, name in passes.items()}
     compiled_equals_eager(Sublayers(2), inputs(), "inductor", inductor=settings)
     assert calls == ["joint"] * (1 + several) + ["after"] * 2 * (1 + several)
+
+
+def test_inductor_adds_up_the_first_streams_where_operators_stay(monkeypatch):
+    """As beside generated kernels: all others are calls, on a CPU those of torch."""
+    monkeypatch.setattr(lowerings, "choose_kernels", lambda gm, record: "operators")
+    left = []
+
+    def note(graph):
+        names = [mhc_op(node) for node in graph.nodes if mhc_op(node)]
+        adds_up = any(node.target is torch.ops.aten.sum.dim_IntList and node.args[1] == [-2]
+                      for node in graph.nodes)  # fmt: skip
+        left.append((names, adds_up))
+
+    settings = {"post_grad_custom_post_pass": note}
+    record = compiled_equals_eager(Sublayers(2), inputs(), "inductor", inductor=settings)
+    assert record.count("seam") == 1 and record.kernels == "operators"
+    (forward, _), (backward, adds_up) = left
+    assert {"expand", "read", "seam", "pre"} <= set(forward)
+    assert {"pre_backward", "seam_backward", "read_backward"} <= set(backward)
+    assert "expand_backward" not in backward and adds_up
 
 
 def test_fusion_off():
