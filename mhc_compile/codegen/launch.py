@@ -161,16 +161,16 @@ def seam_backward(
         terms.append(term)
     if need_h and h is None:
         h = call.pre(flat_y, maps, *norm_of_h)
-    left = "none" if norms is None else norm  # for seam_backward to do
+    # The norm whose gradient is left to the kernels that follow, and its weight.
+    left = ("none", None) if norms is None else (norm, weight)
     dh, own, sums = _gates_backward(
         call, (alpha, bias), proj, square, terms, g_post, g_res,
-        (mixed[3], mixed[2], maps) if whole else (), left, norms,
+        (mixed[3], mixed[2], maps) if whole else (), left[0], norms,
     )  # fmt: skip
     shares = call.phi_backward(flat_y, dh) if need_phi else None
     padded = call.pad_phi(phi)
     if whole:
-        normed = left, None if norms is None else weight
-        g_x, g_f, dots = call.seam_backward(*mixed[:2], flat_g, gradient, own, padded, dh, *normed)
+        g_x, g_f, dots = call.seam_backward(*mixed[:2], flat_g, gradient, own, padded, dh, *left)
     else:
         flat_g = call.read_backward(flat_y, flat_g, maps, gradient, padded, dh, own)
         g_x, g_f, dots = call.mix_backward(*mixed, flat_g)

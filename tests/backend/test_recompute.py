@@ -324,7 +324,7 @@ def test_identities_tell_plans_apart():
     assert len({str(identity(recompute=r)) for r in ("off", "paper", "timeline", 2, (2, 2))}) == 5
 
 
-@pytest.mark.parametrize("recompute", [3, "paper", "timeline"])
+@pytest.mark.parametrize("recompute", [3, "paper", "timeline", "off"])
 def test_without_tokens_nothing_is_planned(recompute):
     model, x = Sublayers(L), torch.randn(2, 0, C)
     grads = run(model, x, recompute, "aot_eager")

@@ -101,7 +101,7 @@ def pick(op, size, norm="none"):
         ("mix", WIDE), ("project", WIDE), ("pre", WIDE), ("read_backward", WIDE),
         ("mix_backward", WIDE), ("mix", MANY), ("project", MANY), ("gates", MANY),
         ("gates_backward", MANY), ("gates_backward_mix_layer", MANY), ("pre", MANY),
-        ("pre_backward", MANY), ("seam_backward", MANY),
+        ("pre_backward", MANY), ("seam_backward", MANY), ("seam_backward", WIDE),
         ("seam_backward_layer", WIDE), ("read_backward", MANY), ("mix_backward", MANY),
     ],
     ids=lambda value: value if isinstance(value, str) else "many" if value == MANY else "wide",
