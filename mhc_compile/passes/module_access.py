@@ -26,9 +26,55 @@ from mhc_compile.passes.tracer import SELF, Tracer
 from mhc_compile.passes.value_proxy import ValueProxy, unwrapped
 
 _MISSING = object()
-_INTERNALS = frozenset(nn.Module().__dict__) | {"training"}
+_INTERNALS = frozenset(nn.Module().__dict__) | {"training", "__dict__", "__class__"}
 # Hugging Face's layers ask for it in a wrapper that leaves checkpointing to the rewritten class.
 _UNGUARDED = frozenset({"gradient_checkpointing"})
+
+_watching: list[ModuleAccess | None] = [None]
+"""Who sees what is read from and written to modules now, last."""
+
+
+@contextlib.contextmanager
+def patched_modules() -> Iterator[None]:
+    """Patches attribute access of nn.Module for the traces within.
+
+    One patch serves all of them: Python has to go through every class of modules for each.
+    """
+    if getattr(nn.Module.__getattribute__, "__module__", "") == __name__:
+        yield
+        return
+    get, set_ = nn.Module.__getattr__, nn.Module.__setattr__
+    register = nn.Module.register_parameter
+
+    def __getattribute__(module: nn.Module, name: str) -> Any:  # noqa: N807
+        value, access = object.__getattribute__(module, name), _watching[-1]
+        if access is None or name in _INTERNALS:
+            return value
+        return access.read(module, name, value)
+
+    def __getattr__(module: nn.Module, name: str) -> Any:  # noqa: N807
+        value, access = get(module, name), _watching[-1]
+        return value if access is None else access.read(module, name, value)
+
+    def __setattr__(module: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        access = _watching[-1]
+        if access is None or not access.write(module, name, value):
+            set_(module, name, value)
+
+    def register_parameter(module: nn.Module, name: str, param: Any) -> None:
+        access = _watching[-1]
+        if param is not None and access is not None and not access.tracer.paused:
+            raise TraceError(
+                f"{access.tracer.label} makes a {type(module).__name__} with parameters at "
+                f"{_outside_torch()}; build modules in __init__"
+            )
+        register(module, name, param)
+
+    patches = (__getattribute__, __getattr__, __setattr__, register_parameter)
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patched_attribute(nn.Module, patch.__name__, patch))
+        yield
 
 
 class ModuleAccess:
@@ -57,42 +103,15 @@ class ModuleAccess:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Patches attribute access of nn.Module, and of classes of objects met on the way."""
-        get, set_ = nn.Module.__getattr__, nn.Module.__setattr__
-        register = nn.Module.register_parameter
-
-        def __getattribute__(module: nn.Module, name: str) -> Any:  # noqa: N807
-            value = object.__getattribute__(module, name)
-            return value if name in _INTERNALS else self.read(module, name, value)
-
-        def __getattr__(module: nn.Module, name: str) -> Any:  # noqa: N807
-            return self.read(module, name, get(module, name))
-
-        def __setattr__(module: nn.Module, name: str, value: Any) -> None:  # noqa: N807
-            if not self.write(module, name, value):
-                set_(module, name, value)
-
-        def register_parameter(module: nn.Module, name: str, param: Any) -> None:
-            if param is not None and not self.tracer.paused:
-                raise TraceError(
-                    f"{self.tracer.label} makes a {type(module).__name__} with parameters at "
-                    f"{_outside_torch()}; build modules in __init__"
-                )
-            register(module, name, param)
-
-        nn.Module.register_parameter = register_parameter  # type: ignore[method-assign, assignment]
-        nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign, assignment]
-        nn.Module.__getattr__ = __getattr__  # type: ignore[method-assign]
-        nn.Module.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            del nn.Module.__getattribute__
-            nn.Module.__getattr__ = get  # type: ignore[method-assign]
-            nn.Module.__setattr__ = set_  # type: ignore[method-assign]
-            nn.Module.register_parameter = register  # type: ignore[method-assign]
-            for stack in self.watched_classes.values():
-                stack.close()
+        """Sees what is read from and written to modules, and objects met on the way."""
+        with patched_modules():
+            _watching.append(self)
+            try:
+                yield
+            finally:
+                _watching.pop()
+                for stack in self.watched_classes.values():
+                    stack.close()
 
     # --- reads ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import fx, nn
 from mhc_compile.errors import MHCError
 from mhc_compile.passes.call_paths import named_leaves
 from mhc_compile.passes.trace_block import TracedBlock, trace_block
+
+_found: weakref.WeakKeyDictionary[Callable[..., Any], tuple[str, frozenset[str]]]
+_found = weakref.WeakKeyDictionary()
+"""What a forward's last block was like, and which of its arguments were open."""
 
 
 def find_open_arguments(
@@ -30,37 +35,39 @@ def find_open_arguments(
     if not empty:
         return frozenset()
     closed = trace_block(block, forward, args, kwargs, opened)
-    names: frozenset[str] = frozenset()
-    for group in ([frozenset(empty)], [frozenset({name}) for name in empty]):
-        for candidates in group:
-            try:
-                opened_up = trace_block(block, forward, args, kwargs, opened, "", candidates)
-            except MHCError:
-                continue
-            if not opened_up.inspected and _same_graph(closed, opened_up):
-                names |= candidates
-        if names:
-            break
+
+    def holds(candidates: frozenset[str]) -> bool:
+        try:
+            opened_up = trace_block(block, forward, args, kwargs, opened, "", candidates)
+        except MHCError:
+            return False
+        return not opened_up.inspected and _described(closed) == _described(opened_up)
+
+    # A deep model's blocks are alike, so that one trace confirms what was found for the last.
+    classes, values = [type(m) for m in block.modules()], [guard[1] for guard in closed.guards]
+    kind = repr((empty, sorted(opened), classes, values, _described(closed)))
+    last, names = _found.get(forward, ("", frozenset()))
+    if kind != last or names and not holds(names):
+        names = frozenset(empty)
+        if not holds(names):
+            names = frozenset(name for name in empty if len(empty) > 1 and holds(frozenset({name})))
+        _found[forward] = kind, names
     return names
 
 
-def _same_graph(closed: TracedBlock, opened_up: TracedBlock) -> bool:
-    """Whether two traces differ only in inputs that take the place of None."""
-
-    def described(traced: TracedBlock) -> list[Any]:
-        inputs = {node: path for path, node in traced.inputs.items()}
-        numbers: dict[fx.Node, Any] = {}
-        rows: list[Any] = [len(traced.guards)]
-        for node in traced.graph.nodes:
-            if node in inputs:
-                numbers[node] = "None" if node.meta["value"] is None else f"input {inputs[node]}"
-                continue
-            numbers[node] = f"node {len(rows)}"
-            label: Any = lambda n: _Label(numbers[n])  # noqa: E731
-            rows.append((node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), label))))
-        return rows
-
-    return described(closed) == described(opened_up)
+def _described(traced: TracedBlock) -> list[Any]:
+    """A trace's operations; an input in the place of None is written as None."""
+    inputs = {node: path for path, node in traced.inputs.items()}
+    numbers: dict[fx.Node, Any] = {}
+    rows: list[Any] = [len(traced.guards)]
+    for node in traced.graph.nodes:
+        if node in inputs:
+            numbers[node] = "None" if node.meta["value"] is None else f"input {inputs[node]}"
+            continue
+        numbers[node] = f"node {len(rows)}"
+        label: Any = lambda n: _Label(numbers[n])  # noqa: E731
+        rows.append((node.op, node.target, repr(fx.map_arg((node.args, node.kwargs), label))))
+    return rows
 
 
 class _Label:

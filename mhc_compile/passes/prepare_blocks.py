@@ -14,6 +14,7 @@ from mhc_compile.errors import MHCError, UnsupportedResidualError
 from mhc_compile.passes.example_inputs import Inputs
 from mhc_compile.passes.find_residuals import plan_rewrite
 from mhc_compile.passes.install_blocks import BlockRewrite, prepare_block
+from mhc_compile.passes.module_access import patched_modules
 from mhc_compile.passes.plan import Plan, ResidualSite
 from mhc_compile.passes.record import Recording, patched_module_call
 from mhc_compile.runtime.guards import hook_message
@@ -121,7 +122,7 @@ def _try_blocks(
 
     args, kwargs = inputs
     if plans:
-        with torch.no_grad(), patched_module_call(on_call):
+        with torch.no_grad(), patched_modules(), patched_module_call(on_call):
             model(*args, **kwargs)
     if plans:
         missing = ", ".join(repr(p.name) for p in plans.values())

@@ -102,10 +102,12 @@ class PythonEffects:
         # A collection would run callbacks and finalisers, which are no part of the traced code.
         self.collects = gc.isenabled()
         gc.disable()
-        sys.setprofile(self._on_event)
+        self.tracer.watcher = self._on_event
+        sys.setprofile(self.tracer.watcher)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.tracer.watcher = None
         sys.setprofile(self.previous)
         if self.collects:
             gc.enable()
@@ -115,8 +117,10 @@ class PythonEffects:
                 watched.restore()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "c_call" and builtins.isinstance(arg.__self__, random.Random):
-            refuse_random(self.tracer, frame)
+        if event == "c_call":
+            if builtins.isinstance(arg.__self__, random.Random) and not self.tracer.paused:
+                refuse_random(self.tracer, frame)
+            return
         if event != "call" or self.tracer.paused:
             return
         code = frame.f_code

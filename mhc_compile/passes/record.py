@@ -227,23 +227,35 @@ def _noted_results(module: nn.Module, lines: list[str]) -> Iterator[None]:
             hooks.update({key: hook for key, hook in plain.items() if key in hooks})
 
 
+_calls: list[Callable[..., Any]] = []
+"""What `nn.Module.__call__` does now, last, and what it did before."""
+
+
 @contextlib.contextmanager
 def patched_module_call(handler: Callable[..., Any]) -> Iterator[None]:
-    """Sends every `nn.Module.__call__` through `handler(original_call, module, args, kwargs)`."""
-    original = nn.Module.__call__
+    """Sends every `nn.Module.__call__` through `handler(original_call, module, args, kwargs)`.
 
-    def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return handler(call, module, args, kwargs)
+    The class is patched once for all handlers: Python has to go through every class of modules.
+    """
+    first, before = not _calls, nn.Module.__call__
+    original = before if first else _calls[-1]
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner = compiled_module(module)
         return original(module, *args, **kwargs) if inner is None else inner(*args, **kwargs)
 
-    nn.Module.__call__ = __call__  # type: ignore[method-assign, assignment]
+    def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return _calls[-1](module, *args, **kwargs)
+
+    _calls.append(lambda module, *args, **kwargs: handler(call, module, args, kwargs))
+    if first:
+        nn.Module.__call__ = __call__  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        _calls.pop()
+        if first:
+            nn.Module.__call__ = before  # type: ignore[method-assign]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -102,6 +103,7 @@ class Tracer(ProxyQueries):
         self.inputs: dict[LeafPath, fx.Node] = {}
         self.guards = GuardList()
         self.paused = 0
+        self.watcher: Callable[..., Any] | None = None
         self.grad_enabled = torch.is_grad_enabled()
         self.inspected = False
         self.modules = {id(m): name for name, m in block.named_modules()}
@@ -133,9 +135,23 @@ class Tracer(ProxyQueries):
         """Lets real values through: nothing is recorded."""
         self.paused += 1
         try:
-            yield
+            with self.unwatched():
+                yield
         finally:
             self.paused -= 1
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Runs what is no traced code without the profile function, which costs time a call."""
+        watcher, self.watcher = self.watcher, None
+        if watcher is not None:
+            sys.setprofile(None)
+        try:
+            yield
+        finally:
+            if watcher is not None:
+                self.watcher = watcher
+                sys.setprofile(watcher)
 
     def call_module(
         self,
@@ -179,6 +195,13 @@ class Tracer(ProxyQueries):
         args, kwargs = tuple(args), dict(kwargs)
         if self.paused:
             return self._evaluate(kind, target, unwrapped(args), unwrapped(kwargs))
+        with self.unwatched():
+            return self._create(kind, target, args, kwargs, value, effect)
+
+    def _create(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any,
+        effect: bool,
+    ) -> Any:  # fmt: skip
         node = self.graph.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs))
         node.meta["source"] = user_source()
         if effect:

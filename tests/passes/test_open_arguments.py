@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from models import WIDTH, normal
 from torch import nn
 
 import mhc_compile as mc
+from mhc_compile.passes import open_arguments
 from mhc_compile.passes.install_blocks import rewrite_of
+from mhc_compile.passes.open_arguments import find_open_arguments
 
 
 class Branch(nn.Module):
@@ -76,3 +81,62 @@ def test_a_branch_on_none_or_on_the_type_is_a_new_trace() -> None:
     torch.testing.assert_close(block(x, None, [1]), reference(block, x, cache=[1]))
     torch.testing.assert_close(block(x, scale, [1]), reference(block, x, scale=scale, cache=[1]))
     assert count(block) == 5
+
+
+class Looks(nn.Module):
+    """Hands its mask on; `look` is a function of its own, of which no guard can tell."""
+
+    def __init__(self, look: Callable[..., torch.Tensor], scale: float = 1.0) -> None:
+        super().__init__()
+        self.branch, self.look, self.scale = Branch(), look, scale
+
+    def forward(self, x, mask=None, cache=None):
+        return self.look(x + self.branch(x, mask, cache) * self.scale, mask)
+
+
+def leave(x: torch.Tensor, mask: object) -> torch.Tensor:
+    return x
+
+
+def ask(x: torch.Tensor, mask: object) -> torch.Tensor:
+    return x if mask is None else x * 2
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[frozenset[str]]:
+    """The arguments that each trace had open."""
+    seen: list[frozenset[str]] = []
+    trace_block = open_arguments.trace_block
+
+    def traced(*args, **kwargs):
+        seen.append(args[6] if len(args) > 6 else frozenset())
+        return trace_block(*args, **kwargs)
+
+    monkeypatch.setattr(open_arguments, "trace_block", traced)
+    monkeypatch.setattr(open_arguments, "_found", {})
+    return seen
+
+
+def found(block: Looks) -> frozenset[str]:
+    given = (normal(2, 3, WIDTH), None, None)
+    return find_open_arguments(block, Looks.forward, given, {}, frozenset())
+
+
+def test_blocks_alike_are_confirmed_by_one_trace(traces) -> None:
+    both = frozenset({"mask", "cache"})
+    assert found(Looks(leave)) == found(Looks(leave)) == both
+    assert traces == [frozenset(), both] * 2
+    traces.clear()
+    assert found(Looks(ask)) == found(Looks(ask)) == frozenset({"cache"})
+    alone = [frozenset({"mask"}), frozenset({"cache"})]
+    assert sorted(traces[:5], key=sorted) == sorted([frozenset(), both, both, *alone], key=sorted)
+
+
+def test_what_the_last_block_hands_on_is_not_taken_for_granted(traces) -> None:
+    wanted = {leave: {"mask", "cache"}, ask: {"cache"}}
+    for number, look in enumerate((leave, ask, leave, ask)):
+        assert found(Looks(look, scale=1.0 + number)) == wanted[look]
+    assert found(Looks(leave)) == wanted[leave]
+    traces.clear()
+    assert found(Looks(ask)) == wanted[ask]  # nothing but the trace with both open tells
+    assert len(traces) == 5
