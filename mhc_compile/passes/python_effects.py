@@ -117,10 +117,8 @@ class PythonEffects:
                 watched.restore()
 
     def _on_event(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "c_call":
-            if builtins.isinstance(arg.__self__, random.Random) and not self.tracer.paused:
-                refuse_random(self.tracer, frame)
-            return
+        if event == "c_call" and builtins.isinstance(arg.__self__, random.Random):
+            refuse_random(self.tracer, frame)
         if event != "call" or self.tracer.paused:
             return
         code = frame.f_code
