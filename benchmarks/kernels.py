@@ -1,6 +1,7 @@
 """Times each generated kernel on a GPU, after checking what it computes against float64.
 
-The table gives microseconds (the median over replays of a CUDA graph with rotating inputs), the
+Kernels named "equal" read streams that are all the same memory, as where a stream starts. The table
+gives microseconds (the median over replays of a CUDA graph with rotating inputs), the
 bytes that `codegen.traffic` states, the bandwidth that makes, and its share of the rate of a copy
 measured in the same run.
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from mhc_compile import reference
 from mhc_compile.codegen import launch
 from mhc_compile.codegen.kernel_calls import KernelCalls
 from mhc_compile.codegen.kernel_set import kernel_set
-from mhc_compile.codegen.spec import KernelSpec
+from mhc_compile.codegen.spec import FLAGS, KernelSpec
 from mhc_compile.codegen.traffic import seam_table, traffic
 from mhc_compile.conventions import CONVENTIONS, Convention
 
@@ -59,6 +61,11 @@ def make_parts(
     }
 
 
+def as_start(p: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same where a stream starts: all streams are the first, a view of stride 0."""
+    return p | {"x": p["x"][:, :1].contiguous().expand_as(p["x"])}
+
+
 def run_seam(p: dict[str, Tensor], rule: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A seam with an RMSNorm: its results, and the gradients of its inputs."""
     streams = [p[k] for k in ("x", "f", "post", "res")]
@@ -85,12 +92,9 @@ def run_ends(p: dict[str, Tensor], rule: str) -> tuple[tuple[Tensor, ...], tuple
     return (*read[:4], y), (*back, *launch.post_res_backward(p["g_y"], *streams))
 
 
-def check(
-    n: int, hidden: int, dtype: torch.dtype, rule: str, bound: float, device: torch.device,
-    tokens: int = 200,
-) -> dict[str, float]:  # fmt: skip
-    """Errors of every result of both runs on few tokens; ends the process if one is too large."""
-    p = make_parts(tokens, n, hidden, dtype, device)
+def check(p: dict[str, Tensor], rule: str, bound: float) -> dict[str, float]:
+    """Errors of every result of both runs; ends the process if one is too large."""
+    n = p["x"].shape[1]
     wide = {k: v.double().requires_grad_() for k, v in p.items() if not k.startswith("g_")}
     convention = Convention.from_key(rule)
 
@@ -149,11 +153,12 @@ def launches_of(run: Callable[[], object]) -> list[Launch]:
 
 
 def time_kernels(parts: list[dict[str, Tensor]], rule: str, rate: float) -> list[dict[str, Any]]:
-    """One row a kernel, in the order of the launches of a seam, then of a stream's ends."""
+    """One row a kernel: the launches of a seam, of a stream's ends, and of both at its start."""
     rows: dict[str, dict[str, Any]] = {}
-    for run in (run_seam, run_ends):
-        run(parts[0], rule)  # after which it is known how many programs fit
-        sets = [launches_of(partial(run, p, rule)) for p in parts]
+    starts = [as_start(p) for p in parts]
+    for run, given in product((run_seam, run_ends), (parts, starts)):
+        run(given[0], rule)  # after which it is known how many programs fit
+        sets = [launches_of(partial(run, p, rule)) for p in given]
         for launches in zip(*sets, strict=True):
             spec = launches[0][0]
             if spec.key not in rows:
@@ -164,7 +169,7 @@ def time_kernels(parts: list[dict[str, Tensor]], rule: str, rate: float) -> list
 
 def row_of(spec: KernelSpec, tokens: int, time: float, rate: float) -> dict[str, Any]:
     """A kernel's name, its time, and what its traffic makes of that."""
-    flags = [name for name in ("mix", "carry", "again") if getattr(spec, name)]
+    flags = [name for name in FLAGS if getattr(spec, name)]
     name = " ".join([spec.op, *flags, *([spec.norm] * (spec.norm != "none"))])
     row: dict[str, Any] = {"kernel": name, "key": spec.key, "us": time}
     moved = traffic(spec, tokens)
@@ -181,7 +186,11 @@ def main() -> None:
     device = need_gpu()
     torch.manual_seed(0)
     dtype, rule = DTYPES[args.dtype], CONVENTIONS[args.convention].key()
-    errors = check(args.streams, args.hidden, dtype, rule, CHECKED[args.dtype], device)
+    errors: dict[str, float] = {}
+    for name, change in (("", dict), ("start: ", as_start)):
+        few = change(make_parts(200, args.streams, args.hidden, dtype, device))
+        found = check(few, rule, CHECKED[args.dtype])
+        errors |= {name + key: value for key, value in found.items()}
     worst = max(errors, key=lambda name: errors[name])
     print(f"checked against float64: largest relative error {errors[worst]:.1e} ({worst})")
     parts = [

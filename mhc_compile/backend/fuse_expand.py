@@ -9,15 +9,17 @@ from mhc_compile.backend.records import Fused, GraphRecord, NotFused
 
 
 def fuse_expand(graph: Graph, record: GraphRecord) -> None:
-    """Rewrites expand as a view of stride 0: the formulas read one row, and none is stored."""
+    """Rewrites expand as a view of stride 0: formulas and kernels read one row, none is stored."""
     for node in list(graph.nodes):
         if mhc_op(node) != "expand":
             continue
         reason = ""
-        if record.kernels != "formulas":
+        if record.kernels == "operators":
             reason = "the operators read stored streams"
         elif written_between(node, max((*node.users, node))):
             reason = "the streams may be changed in place"
+        elif any(user.op == "output" for user in node.users):
+            reason = "the streams leave the graph, where they may be changed in place"
         if reason:
             record.not_fused.append(NotFused(site_of(node), "expand", reason))
             continue

@@ -40,6 +40,14 @@ def mhc_op(node: Any) -> str | None:
     return name.removeprefix("mhc::") if name.startswith("mhc::") else None
 
 
+def is_expanded(node: Node) -> bool:
+    """Whether a node makes n equal streams of one: by the operator, or as a view of stride 0."""
+    if mhc_op(node) == "expand":
+        return True
+    value = value_of(node) if call_name(node) == "expand.default" else None
+    return value is not None and value.dim() > 1 and value.stride(-2) == 0
+
+
 def arguments(node: Node) -> list[Any]:
     """All arguments of a call of an mhc operator, in the order of its schema."""
     packet = getattr(torch.ops.mhc, str(mhc_op(node)))

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from mhc_compile._torch_compat import is_view_call, size_hint
-from mhc_compile.backend.graph_nodes import arguments, mhc_op, result
+from mhc_compile.backend.graph_nodes import arguments, is_expanded, mhc_op, result
 from mhc_compile.scheduler.choose_plan import Sizes
 
 Chain = tuple[Node, ...]
@@ -39,7 +39,7 @@ def outline(seams: Sequence[Node]) -> Sizes:
     streams, none = x.meta["val"], (0,) * (len(seams) + 1)
     whole = bytes_of(streams)
     unit = whole // streams.shape[-2]
-    embedding = unit if mhc_op(x) == "expand" else whole
+    embedding = unit if is_expanded(x) else whole
     # The streams' gradients after and before a seam, which also reads the state that starts the
     # next block.
     return Sizes(streams.shape[-2], unit, none, 0, whole, embedding, none, 3 * whole)

@@ -11,7 +11,14 @@ import torch
 from torch.fx import Graph, Node
 
 from mhc_compile._torch_compat import CheckpointPolicy, is_view_call
-from mhc_compile.backend.graph_nodes import arguments, fake_result, is_tangent, mhc_op, result
+from mhc_compile.backend.graph_nodes import (
+    arguments,
+    fake_result,
+    is_expanded,
+    is_tangent,
+    mhc_op,
+    result,
+)
 
 REBUILT = "mhc_rebuilt"
 """Mark in a node's `meta`: it computes again what the forward has dropped."""
@@ -38,7 +45,7 @@ def recompute_streams(
         for number, seam in enumerate(seams, start=1):
             rebuilt = _rebuild(graph, seam, rebuilt, number in starts, backward)
     for node in graph.nodes:
-        if mhc_op(node) == "expand":
+        if is_expanded(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 

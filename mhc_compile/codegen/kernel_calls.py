@@ -139,6 +139,14 @@ class KernelCalls:
         """Streams or their gradients as `[tokens, n, C]`, contiguous."""
         return self._cast(tensor).reshape(self.tokens, self.n, self.channels).contiguous()
 
+    def read_only(self, x: Tensor) -> Tensor:
+        """As `streams`; `[tokens, C]` of streams that are all the same memory, of stride 0.
+
+        Kernels of their own (`KernelSpec.equal`) read it once for all streams.
+        """
+        once = self.n > 1 and x.stride(-2) == 0
+        return self.single(x.select(-2, 0)) if once else self.streams(x)
+
     def single(self, tensor: Tensor) -> Tensor:
         """A sublayer's input or result, or a gradient of it, as `[tokens, C]`, contiguous."""
         return self._cast(tensor).reshape(self.tokens, self.channels).contiguous()
@@ -174,18 +182,22 @@ class KernelCalls:
 
     def mix(self, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
         """Mixes the streams, y = res x + post f."""
-        y = torch.empty_like(x)
-        self.run(self.spec("mix"), x, f, post, res, y, self.tokens)
+        y = self.empty(self.tokens, self.n, self.channels, dtype=self.dtype)
+        self.run(self.spec("mix", equal=x.dim() == 2), x, f, post, res, y, self.tokens)
         return y
 
     def project(
         self, x: Tensor, f: Tensor | None, post: Tensor | None, res: Tensor | None, phi: Pair
     ) -> tuple[Tensor, Tensor]:
         """Mixes where f is given; returns y and its products `[parts, maps + 1, tokens]`."""
+        equal = x.dim() == 2
         if f is not None and post is not None and res is not None and not fits_whole(self.base):
             x, f, post, res = self.mix(x, f, post, res), None, None, None
-        spec = self.spec("project", mix=f is not None)
-        y = torch.empty_like(x) if f is not None else x
+            equal = False
+        spec = self.spec("project", mix=f is not None, equal=equal)
+        y = x
+        if f is not None:
+            y = self.empty(self.tokens, self.n, self.channels, dtype=self.dtype)
         partial = self.empty(spec.tile.parts, self.maps + 1, self.tokens)
         self.run(spec, x, f, post, res, *phi, y, partial, self.tokens)
         return y, partial
@@ -204,8 +216,9 @@ class KernelCalls:
         shift: Tensor | None, norm: str, eps: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
         """Gates and the read by them in one launch: what `pre` and `gates` return."""
+        tile, equal = self.given("shares", partial.shape[0]), x.dim() == 2
         spec = self.spec("read", norm=norm, weight=weight is not None, shift=shift is not None,
-                         tile=self.given("shares", partial.shape[0]))  # fmt: skip
+                         equal=equal, tile=tile)  # fmt: skip
         n = self.n
         out = [self.empty(k, self.tokens) for k in (n, n, n * n, self.maps)]
         square = self.empty(self.tokens)
@@ -219,7 +232,8 @@ class KernelCalls:
         eps: float,
     ) -> Tensor:  # fmt: skip
         """Reads h = sum_i pre_i x_i, normed, `[tokens, C]`."""
-        spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None)
+        spec = self.spec("pre", norm=norm, weight=weight is not None, shift=shift is not None,
+                         equal=x.dim() == 2)  # fmt: skip
         h = self.empty(self.tokens, self.channels, dtype=self.dtype)
         self.run(spec, x, pre, weight, shift, h, self.tokens, eps)
         return h
@@ -263,7 +277,7 @@ class KernelCalls:
             make that gradient of `g`; h if `again`; shares of the gradients of weight and shift.
         """
         spec = self.spec("pre_backward", norm=norm, weight=weight is not None,
-                         shift=shift is not None, again=again)  # fmt: skip
+                         shift=shift is not None, again=again, equal=x.dim() == 2)  # fmt: skip
         g_pre, h = self.empty(self.n, self.tokens), torch.empty_like(g) if again else None
         if norm == "none":
             self.run(spec, x, pre, None, g, None, None, g_pre, h, None, None, self.tokens, eps)
@@ -315,8 +329,9 @@ class KernelCalls:
         `maps` are those of `gates_backward`; `g` is the gradient of what the norm returns, or,
         without a norm, of what was read.
         """
-        spec = self.spec("seam_backward", norm=norm, weight=weight is not None)
-        g_x, g_f = torch.empty_like(x), torch.empty_like(f)
+        spec = self.spec("seam_backward", norm=norm, weight=weight is not None,
+                         equal=x.dim() == 2)  # fmt: skip
+        g_x, g_f = torch.empty_like(g_y), torch.empty_like(f)
         dots = self.empty(spec.dots, self.n * (self.n + 1), self.tokens)
         workers = self.count(spec, "workers")
         products = self.empty(workers, self.n, spec.tile.tokens, spec.tile.width, dtype=self.dtype)
@@ -333,8 +348,8 @@ class KernelCalls:
         scale: Tensor,
     ) -> Tensor:  # fmt: skip
         """The gradient of the streams that were read, added to g_y."""
-        spec = self.spec("read_backward", carry=g_y is not None)
-        g = torch.empty_like(y)
+        spec = self.spec("read_backward", carry=g_y is not None, equal=y.dim() == 2)
+        g = self.empty(self.tokens, self.n, self.channels, dtype=self.dtype)
         self.run(spec, y, g_y, pre, g_h, phi, *dh, scale, g, self.tokens)
         return g
 
@@ -342,15 +357,15 @@ class KernelCalls:
         self, x: Tensor, f: Tensor, post: Tensor, res: Tensor, g_y: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g_x, g_f and parts of the gradients of res and post, `[parts, n*n + n, tokens]`."""
-        spec = self.spec("mix_backward")
-        g_x, g_f = torch.empty_like(x), torch.empty_like(f)
+        spec = self.spec("mix_backward", equal=x.dim() == 2)
+        g_x, g_f = torch.empty_like(g_y), torch.empty_like(f)
         dots = self.empty(spec.tile.parts, self.n * (self.n + 1), self.tokens)
         self.run(spec, x, f, post, res, g_y, g_x, g_f, dots, self.tokens)
         return g_x, g_f, dots
 
     def phi_backward(self, y: Tensor, dh: Pair) -> Tensor:
         """Shares of the gradient of phi, `[groups, nC, maps]`, one a group of tokens."""
-        spec = self.spec("phi_backward")
+        spec = self.spec("phi_backward", equal=y.dim() == 2)
         shares = self.empty(self.count(spec, "groups"), self.n * self.channels, self.maps)
         self.run(spec, y, *dh, shares, self.tokens, group_tokens(spec, self.tokens))
         return shares

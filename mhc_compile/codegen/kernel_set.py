@@ -46,6 +46,11 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
         found += [("add_shares", {})]
         found += [("pre", norm) for norm in norms]
         found += [(op, {}) for op in ("gates", "spread", "read_backward")]
+        found += [(op, {"equal": True}) for op in ("mix", "project", "read", "pre_backward")]
+        found += [(op, {"equal": True}) for op in ("read_backward", "mix_backward", "phi_backward")]
+        if whole:
+            found += [("project", {"mix": True, "equal": True})]
+            found += [("seam_backward", norm | {"equal": True}) for norm in plain]
         found += [("seam_once", norm) for norm in norms if whole]
     return sorted(found, key=lambda pair: OPS.index(pair[0]))
 
@@ -92,7 +97,7 @@ def kernel_set(
             spec = replace(spec, rule=rule)
         specs.append(replace(spec, tile=choose_tile(spec, tokens)))
     # What some add up are the parts of the kernels before.
-    tiles = {spec.op: spec.tile for spec in specs}
+    tiles = {spec.op: spec.tile for spec in specs if not spec.equal}
     products, last = tiles["project"], "seam_backward" if fits_whole(base) else "mix_backward"
     (dots,) = {spec.dots for spec in specs if spec.op == last}
     given: dict[str, dict[str, Any]] = {

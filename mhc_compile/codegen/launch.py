@@ -27,7 +27,7 @@ def supports(first: Tensor, streams: Tensor | None) -> bool:
 def coefficients(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Results:
     """Eq. (14)-(19): `(pre, post, res, proj, square)`."""
     call = _calls(x, rule)
-    _, partial = call.project(call.streams(x), None, None, None, call.split_phi(phi))
+    _, partial = call.project(call.read_only(x), None, None, None, call.split_phi(phi))
     return _outputs(call, call.gates(partial, alpha, bias))
 
 
@@ -44,7 +44,7 @@ def coefficients_backward(
 def pre(x: Tensor, pre: Tensor) -> Tensor:
     """`h = sum_i pre_i x_i`."""
     call = _calls(x)
-    h = call.pre(call.streams(x), call.by_component(pre, call.n), None, None, "none", 0.0)
+    h = call.pre(call.read_only(x), call.by_component(pre, call.n), None, None, "none", 0.0)
     return h.view(*call.lead, call.channels)
 
 
@@ -52,7 +52,7 @@ def pre_backward(g_h: Tensor, x: Tensor, pre: Tensor) -> Results:
     """Gradients by `(x, pre)`."""
     call = _calls(x)
     maps, gradient = call.by_component(pre, call.n), call.single(g_h)
-    g_pre, *_ = call.pre_backward(call.streams(x), maps, gradient)
+    g_pre, *_ = call.pre_backward(call.read_only(x), maps, gradient)
     g_x = call.spread(maps, gradient).view(x.shape)
     return g_x, call.by_token(g_pre.to(pre.dtype), call.n)
 
@@ -71,7 +71,7 @@ def pre_norm(
 def post_res(x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """`y_i = sum_j res_ij x_j + post_i f`."""
     call = _calls(x)
-    return call.mix(call.streams(x), call.single(f), *call.mixing(post, res)).view(x.shape)
+    return call.mix(call.read_only(x), call.single(f), *call.mixing(post, res)).view(x.shape)
 
 
 def post_res_backward(g_y: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tensor) -> Results:
@@ -79,7 +79,7 @@ def post_res_backward(g_y: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tens
     call = _calls(x)
     n = call.n
     g_x, g_f, dots = call.mix_backward(
-        call.streams(x), call.single(f), *call.mixing(post, res), call.streams(g_y)
+        call.read_only(x), call.single(f), *call.mixing(post, res), call.streams(g_y)
     )
     g_res, g_post = dots[:, : n * n].sum(0).to(res.dtype), dots[:, n * n :].sum(0).to(post.dtype)
     maps = call.by_token(g_post, n), call.by_token(g_res, n, n)
@@ -89,7 +89,7 @@ def post_res_backward(g_y: Tensor, x: Tensor, f: Tensor, post: Tensor, res: Tens
 def read(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, rule: str) -> Results:
     """`coefficients`, then `pre`: `(h, pre, post, res, proj, square)`."""
     call = _calls(x, rule)
-    streams = call.streams(x)
+    streams = call.read_only(x)
     _, partial = call.project(streams, None, None, None, call.split_phi(phi))
     h, gates = call.read(streams, partial, alpha, bias, None, None, "none", 0.0)
     return h.view(*call.lead, call.channels), *_outputs(call, gates)
@@ -102,7 +102,7 @@ def read_backward(
 ) -> Results:  # fmt: skip
     """Gradients by `(x, phi, alpha, bias)`."""
     call = _calls(x, rule)
-    streams = call.streams(x)
+    streams = call.read_only(x)
     terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]
     if g_h is None or pre is None:  # h was not used
         maps = call.by_component(None, call.n)
@@ -125,8 +125,10 @@ def seam(
     """`post_res`, `read` of its result, norm of h: `(y, h, pre, post, res, proj, square)`."""
     call = _calls(x, rule)
     _check_norm(norm)
-    mixed = call.streams(x), call.single(f), *call.mixing(post, res)
-    if call.tokens <= FEW_TOKENS and fits_whole(call.base):
+    once = call.tokens <= FEW_TOKENS and fits_whole(call.base)
+    streams = call.streams(x) if once else call.read_only(x)
+    mixed = streams, call.single(f), *call.mixing(post, res)
+    if once:
         y, h, gates = call.seam_once(*mixed, phi, alpha, bias, weight, shift, norm, norm_eps)
     else:
         y, partial = call.project(*mixed, call.split_phi(phi))
@@ -144,7 +146,8 @@ def seam_backward(
     """Gradients by `(x, f, post, res, phi, alpha, bias, weight, shift)`, and h."""
     call = _calls(x, rule)
     _check_norm(norm)
-    mixed, flat_y = (call.streams(x), call.single(f), *call.mixing(post, res)), call.streams(y)
+    mixed = call.read_only(x), call.single(f), *call.mixing(post, res)
+    flat_y = call.streams(y)
     flat_g = torch.zeros_like(flat_y) if g_y is None else call.streams(g_y)
     maps = call.by_component(pre_next, call.n)
     terms = [] if g_pre is None else [call.by_component(g_pre, call.n)]

@@ -38,6 +38,8 @@ def render(spec: KernelSpec) -> str:
         log_axes=(("row",) if plan.softmax else ()) + plan.log_steps,
         LEVELS=levels, DOTS=1 << levels, PIECES=spec.pieces,
         FUNCTION=spec.function, shares=shares_of(spec), whole=fits_whole(spec),
+        XC=0 if spec.equal else spec.channels,
+        XN=spec.channels if spec.equal else spec.streams * spec.channels,
         NP=1 << (spec.streams - 1).bit_length(),
     )  # fmt: skip
     return re.sub(r"\n(?:[ ]*\n)+(?=    )", "\n", text).rstrip() + "\n"  # macros leave empty lines

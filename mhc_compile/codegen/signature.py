@@ -13,7 +13,7 @@ import torch
 
 from mhc_compile.codegen.render import render
 from mhc_compile.codegen.shares import shares_of
-from mhc_compile.codegen.spec import KernelSpec
+from mhc_compile.codegen.spec import EQUAL, KernelSpec
 from mhc_compile.errors import MHCError
 
 Dims = tuple[int | str, ...]
@@ -122,6 +122,8 @@ def _argument(spec: KernelSpec, name: str) -> Argument:
         return Argument(name, "*i32", ("tiles",))
     if name in _SCALARS:
         return Argument(name, _SCALARS[name])
+    if spec.equal and name == EQUAL[spec.op]:
+        return Argument(name, f"*{spec.dtype}", ("tokens", spec.channels))
     stem = name if name in _FLOATS else name.removeprefix("g_")  # a gradient is like its value
     stem = stem.replace("low", "high")
     products = "*bf16" if spec.products in ("split", "bf16") else "*fp32"
@@ -220,7 +222,8 @@ def grid(spec: KernelSpec, tokens: int) -> tuple[int, ...]:
     if spec.op in ("split_phi", "pad_phi"):
         return (math.ceil(spec.channels / tile.width), spec.streams)
     if spec.op == "phi_backward":
-        return (math.ceil(spec.streams * spec.channels / tile.width), count["groups"])
+        columns = spec.channels * (1 if spec.equal else spec.streams)
+        return (math.ceil(columns / tile.width), count["groups"])
     if spec.op == "pre_backward" and spec.norm != "none":
         return (count["programs"],)
     if spec.op == "seam_backward":

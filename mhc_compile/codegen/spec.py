@@ -19,11 +19,18 @@ OPS = (
 )  # fmt: skip
 GATED = ("gates", "read", "gates_backward", "seam_once")
 """Operations that depend on the convention."""
+EQUAL = {
+    "mix": "x", "project": "x", "read": "x", "pre": "x", "pre_backward": "x", "mix_backward": "x",
+    "seam_backward": "x", "read_backward": "y", "phi_backward": "y",
+}  # fmt: skip
+"""Operations that may be told that all streams are equal, and the argument that then has one."""
 DTYPES = {"bf16": "tl.bfloat16", "fp16": "tl.float16", "fp32": "tl.float32"}
 PRODUCTS = ("split", "bf16", "tf32x3", "tf32")
 NORMS = ("none", "rms", "layer")
 TARGETS = ("cuda", "hip", "interpret")
 MAX_STREAMS = 8
+FLAGS = ("mix", "carry", "again", "equal")
+"""Variants other than those of norms, as they stand in a kernel's name."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class KernelSpec:
             with the tile of without).
         weight: that norm has a weight.
         shift: that norm has a shift.
+        equal: all streams are the same memory, `[tokens, C]`, as where a stream starts (`EQUAL`),
+            with the tile of without.
         again: h is computed too ("pre_backward" without shift), with the tile of without.
         target: "cuda", "hip" or "interpret" (Triton's interpreter on a CPU).
     """
@@ -100,6 +109,7 @@ class KernelSpec:
     weight: bool = False
     shift: bool = False
     again: bool = False
+    equal: bool = False
     target: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -117,6 +127,8 @@ class KernelSpec:
             raise MHCError(f"channels must be at least 1, got {self.channels!r}")
         if self.products in ("split", "bf16") and self.dtype != "bf16":
             raise MHCError(f"products={self.products!r} needs dtype 'bf16', got {self.dtype!r}")
+        if self.equal and self.op not in EQUAL:
+            raise MHCError(f"{self.op!r} has no form for equal streams")
         for name, size in (("tokens", self.tile.tokens), ("width", self.tile.width)):
             if size < 1 or size & (size - 1):
                 raise MHCError(f"tile.{name} must be a power of two, got {size!r}")
@@ -141,7 +153,7 @@ class KernelSpec:
     @property
     def name(self) -> str:
         """The operation and its variant, as in "project_mix" or "pre_rms_weight"."""
-        flags = [flag for flag in ("mix", "carry", "again") if getattr(self, flag)]
+        flags = [flag for flag in FLAGS if getattr(self, flag)]
         norm = [self.norm] if self.norm != "none" else []
         affine = [flag for flag in ("weight", "shift") if norm and getattr(self, flag)]
         return "_".join([self.op, *flags, *norm, *affine])
@@ -150,8 +162,8 @@ class KernelSpec:
     def tiled_as(self) -> KernelSpec:
         """The kernel whose measured tile this one runs with: most often itself."""
         if self.op in ("seam_backward", "gates_backward"):
-            return replace(self, norm="none", weight=False)
-        return replace(self, again=False) if self.again else self
+            return replace(self, norm="none", weight=False, equal=False)
+        return replace(self, again=False, equal=False) if self.again or self.equal else self
 
     @staticmethod
     def fields_of(name: str) -> dict[str, Any]:
@@ -161,7 +173,7 @@ class KernelSpec:
             if name != "_".join([op, *flags]):
                 continue
             norm = [flag for flag in flags if flag in NORMS[1:]]
-            known = [f for f in flags if f in ("mix", "carry", "again", "weight", "shift")]
+            known = [f for f in flags if f in (*FLAGS, "weight", "shift")]
             if len(norm) < 2 and len(norm) + len(known) == len(flags):
                 return {"op": op, "norm": norm[0] if norm else "none", **dict.fromkeys(known, True)}
         raise MHCError(f"there is no kernel {name!r}: the operations are {', '.join(OPS)}")

@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mhc_compile as mc
-from mhc_compile.backend import lowerings, mhc
+from mhc_compile.backend import compile_graph, lowerings, mhc
 from mhc_compile.backend.graph_nodes import mhc_op
 from mhc_compile.backend.records import last_record
+from mhc_compile.runtime import fused, ops
 
 C, N = 12, 3
 
@@ -129,6 +130,58 @@ def test_inductor_adds_up_the_first_streams_where_operators_stay(monkeypatch):
     assert {"expand", "read", "seam", "pre"} <= set(forward)
     assert {"pre_backward", "seam_backward", "read_backward"} <= set(backward)
     assert "expand_backward" not in backward and adds_up
+
+
+class Noted:
+    """The operators in torch; of each call, how many different streams it got to read."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getattr__(self, name):
+        def call(*args):
+            if (place := ops._STREAMS_AT.get(name)) is not None:
+                x = args[place]
+                self.calls.append((name, 1 if x.stride(-2) == 0 else x.shape[-2]))
+            return getattr(fused, name)(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": 2}, {"overlap": True}], ids=str)
+@pytest.mark.parametrize("lower", ["aot_eager", "inductor"])
+def test_kernels_read_one_row_where_a_stream_starts(lower, options, monkeypatch):
+    """Of a view of stride 0, which Inductor hands on as it is; here torch runs the operators."""
+    calls = []
+    monkeypatch.setattr(lowerings, "choose_kernels", lambda gm, record: "triton")
+    monkeypatch.setattr(ops, "fused", Noted(calls))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        record = compiled_equals_eager(Sublayers(3), inputs(), lower, **options)
+    assert record.count("expand") == 1 and not reasons(record, "expand")
+    once = [call for call in calls if call[1] == 1]
+    again = [("post_res", 1)] if "recompute" in options else []
+    assert once == [("read", 1), ("seam", 1), *again, ("seam_backward", 1),
+                        ("read_backward", 1)]  # fmt: skip
+
+
+def test_streams_that_leave_the_graph_are_stored(monkeypatch):
+    """Code after the graph may change one of them in place."""
+
+    def double(x):
+        x = mc.expand_streams(x, N)
+        torch._dynamo.graph_break()
+        x[..., 1, :] *= 2
+        return mc.collapse_streams(x)
+
+    x = torch.randn(2, 4, C)
+    kept = []
+    monkeypatch.setattr(compile_graph, "keep", kept.append)
+    with torch.no_grad():
+        out = torch.compile(double, backend=mhc)(x)
+    torch.testing.assert_close(out, x * (N + 1) / N)
+    assert reasons(kept[0], "expand") == [
+        "the streams leave the graph, where they may be changed in place"
+    ]
 
 
 def test_fusion_off():

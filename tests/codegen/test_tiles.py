@@ -22,8 +22,8 @@ def covered_channels(spec):
     tile = spec.tile
     if spec.op == "split_phi":
         return grid(spec, 1)[0] * tile.width
-    if spec.op == "phi_backward":  # rows of phi
-        return grid(spec, 1)[0] * tile.width // spec.streams
+    if spec.op == "phi_backward":  # rows of phi, or of one stream for all
+        return grid(spec, 1)[0] * tile.width // (1 if spec.equal else spec.streams)
     if spec.op.startswith("gates") or spec.op in GIVEN:
         return spec.channels
     if spec.norm != "none" and spec.op in WHOLE_ROWS:

@@ -1,5 +1,5 @@
-# mhc_compile kernel mix d0f8f7312b5456b0
-# {"again": false, "carry": false, "channels": 72, "dtype": "bf16", "mix": false, "norm": "none", "op": "mix", "products": "split", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "joined": 1, "parts": 1, "registers": 0, "shares": 1, "stages": 1, "tokens": 4, "warps": 4, "width": 128}, "weight": false}
+# mhc_compile kernel mix e9fb78a8c37c8099
+# {"again": false, "carry": false, "channels": 72, "dtype": "bf16", "equal": false, "mix": false, "norm": "none", "op": "mix", "products": "split", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "joined": 1, "parts": 1, "registers": 0, "shares": 1, "stages": 1, "tokens": 4, "warps": 4, "width": 128}, "weight": false}
 # y_i = sum_j res_ij x_j + post_i f   (Eq. 3)
 import triton
 import triton.language as tl

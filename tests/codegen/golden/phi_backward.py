@@ -1,5 +1,5 @@
-# mhc_compile kernel phi_backward aab8bc5aa5953fd5
-# {"again": false, "carry": false, "channels": 64, "dtype": "fp32", "mix": false, "norm": "none", "op": "phi_backward", "products": "tf32x3", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "joined": 1, "parts": 1, "registers": 0, "shares": 1, "stages": 3, "tokens": 32, "warps": 4, "width": 128}, "weight": false}
+# mhc_compile kernel phi_backward 5e5749fdfbe65c67
+# {"again": false, "carry": false, "channels": 64, "dtype": "fp32", "equal": false, "mix": false, "norm": "none", "op": "phi_backward", "products": "tf32x3", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "joined": 1, "parts": 1, "registers": 0, "shares": 1, "stages": 3, "tokens": 32, "warps": 4, "width": 128}, "weight": false}
 # phi_shares[group, channel, k] = sum over the group's tokens of vec(y)_channel dh_k
 import triton
 import triton.language as tl

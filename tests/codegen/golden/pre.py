@@ -1,5 +1,5 @@
-# mhc_compile kernel pre f2a8c03cbc85451d
-# {"again": false, "carry": false, "channels": 64, "dtype": "bf16", "mix": false, "norm": "none", "op": "pre", "products": "split", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "joined": 1, "parts": 1, "registers": 0, "shares": 1, "stages": 1, "tokens": 4, "warps": 4, "width": 64}, "weight": false}
+# mhc_compile kernel pre 7e7e18473218b6ce
+# {"again": false, "carry": false, "channels": 64, "dtype": "bf16", "equal": false, "mix": false, "norm": "none", "op": "pre", "products": "split", "rule": {"name": "paper", "norm_eps": 1e-20, "norm_eps_place": "inside", "post_multiplier": 2.0, "pre_eps": 0.0, "res_transposed": false, "sinkhorn_eps": 0.0, "sinkhorn_eps_mode": "none", "sinkhorn_iters": 20, "sinkhorn_order": "col_row", "sinkhorn_start": "exp", "sinkhorn_start_is_step": false}, "shift": false, "streams": 2, "target": "cuda", "tile": {"flat": false, "gated": 1, "inner": 64, "joined": 1, "parts": 1, "registers": 0, "shares": 1, "stages": 1, "tokens": 4, "warps": 4, "width": 64}, "weight": false}
 # h = sum_i pre_i x_i
 import triton
 import triton.language as tl
