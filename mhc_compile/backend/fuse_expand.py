@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from mhc_compile.backend.graph_nodes import arguments, mhc_op, site_of, value_of, written_between
+from mhc_compile.backend.graph_nodes import (
+    arguments,
+    mhc_op,
+    readers_of_memory,
+    site_of,
+    value_of,
+    writes,
+    written_between,
+)
 from mhc_compile.backend.records import Fused, GraphRecord, NotFused
 
 
@@ -13,12 +21,13 @@ def fuse_expand(graph: Graph, record: GraphRecord) -> None:
     for node in list(graph.nodes):
         if mhc_op(node) != "expand":
             continue
+        readers = set(readers_of_memory(node))
         reason = ""
         if record.kernels == "operators":
             reason = "the operators read stored streams"
-        elif written_between(node, max((*node.users, node))):
+        elif written_between(node, max((*node.users, node))) or any(map(writes, readers)):
             reason = "the streams may be changed in place"
-        elif any(user.op == "output" for user in node.users):
+        elif any(reader.op == "output" for reader in readers):
             reason = "the streams leave the graph, where they may be changed in place"
         if reason:
             record.not_fused.append(NotFused(site_of(node), "expand", reason))

@@ -148,10 +148,24 @@ def written_between(value: Node, last: Node) -> bool:
     for node in _between(value, last):
         if not any(source in reached for source in node.all_input_nodes):
             continue
-        if _writes(node):
+        if writes(node):
             return True
         reached.add(node)
     return False
+
+
+def readers_of_memory(value: Node) -> Iterator[Node]:
+    """Whatever reads `value` or a view of it, the graph's output too; by their fake tensors."""
+    memory = _storages(value)
+    for node in value.graph.nodes:
+        if node is value or memory & _storages(node):
+            yield from node.users
+
+
+def _storages(node: Node) -> set[int]:
+    values = tree_leaves(node.meta.get("example_value", node.meta.get("val")))
+    tensors = [v for v in values if isinstance(v, Tensor) and v.layout is torch.strided]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def can_stand_before(node: Any, anchor: Node) -> bool:
@@ -184,7 +198,7 @@ def _changes_grad_mode(node: Node) -> bool:
     return "grad_enabled" in name or "inference_mode" in name
 
 
-def _writes(node: Node) -> bool:
+def writes(node: Node) -> bool:
     """Whether a call may change one of its arguments in place."""
     if node.op == "call_module":
         return True

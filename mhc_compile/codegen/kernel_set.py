@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mhc_compile.codegen.spec import GATED, OPS, KernelSpec, Tile
+from mhc_compile.codegen.spec import EQUAL, GATED, OPS, KernelSpec, Tile
 from mhc_compile.codegen.tiles import choose_tile, fits_whole
 from mhc_compile.conventions import Convention
 
@@ -46,8 +46,7 @@ def _variants(whole: bool, seam_only: bool) -> list[tuple[str, dict[str, Any]]]:
         found += [("add_shares", {})]
         found += [("pre", norm) for norm in norms]
         found += [(op, {}) for op in ("gates", "spread", "read_backward")]
-        found += [(op, {"equal": True}) for op in ("mix", "project", "read", "pre_backward")]
-        found += [(op, {"equal": True}) for op in ("read_backward", "mix_backward", "phi_backward")]
+        found += [(op, {"equal": True}) for op in EQUAL if op != "seam_backward"]
         if whole:
             found += [("project", {"mix": True, "equal": True})]
             found += [("seam_backward", norm | {"equal": True}) for norm in plain]

@@ -184,6 +184,53 @@ def test_streams_that_leave_the_graph_are_stored(monkeypatch):
     ]
 
 
+def second_of(streams):
+    return streams[..., 1, :]
+
+
+def unbound(streams):
+    return streams.unbind(-2)[1]
+
+
+@pytest.mark.parametrize("view", [second_of, unbound])
+@pytest.mark.parametrize("broken", [False, True], ids=["in the graph", "after it"])
+def test_a_stream_that_is_changed_by_a_view_of_it(view, broken):
+    """It is memory of its own: neither another stream nor what was expanded changes."""
+
+    def double(x):
+        streams = mc.expand_streams(x, N)
+        stream = view(streams)
+        if broken:
+            torch._dynamo.graph_break()
+        stream *= 2
+        return stream, streams.sum(-2)
+
+    x = torch.randn(2, 4, C)
+    kept = x.clone()
+    with torch.no_grad():
+        stream, total = torch.compile(double, backend=mhc, options={"lower": "inductor"})(x)
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(stream, 2 * x)
+    torch.testing.assert_close(total, (N + 1) * x)
+
+
+def test_a_checkpointed_block_may_change_a_stream():
+    def block(streams):
+        streams[..., 1, :] *= 2
+        return streams.sum(-2)
+
+    def double(x):
+        return checkpoint(block, mc.expand_streams(x, N), use_reentrant=False)
+
+    x = torch.randn(2, 4, C)
+    kept = x.clone()
+    with torch.no_grad():
+        total = torch.compile(double, backend=mhc, options={"lower": "inductor"})(x)
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(total, (N + 1) * x)
+    assert reasons(last_record(), "expand") == ["the streams may be changed in place"]
+
+
 def test_fusion_off():
     record = compiled_equals_eager(Sublayers(), inputs(), fuse=False)
     assert record.fused == [] and record.operators["read"] == 3
